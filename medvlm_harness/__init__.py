@@ -1,0 +1,27 @@
+"""Benchmark small medical vision-language models with lm-eval.
+
+Importing this package imports nothing else: a line in a .pth file does so at every start of Python.
+"""
+
+__all__ = ["DualEncoder", "LabelSet", "MedicalLM", "ModelCard", "Retrieval", "ZeroShot", "__version__"]
+
+_LAZY = {
+    "DualEncoder": "medvlm_harness.model_backends.dual_encoder",
+    "LabelSet": "medvlm_harness.requests",
+    "MedicalLM": "medvlm_harness.model_backends.base",
+    "ModelCard": "medvlm_harness.model_backends.cards",
+    "Retrieval": "medvlm_harness.tracks.retrieval",
+    "ZeroShot": "medvlm_harness.tracks.zero_shot",
+}
+
+
+def __getattr__(name):  # type: ignore[no-untyped-def]  # annotations would import typing at every start
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("medvlm-harness")
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
