@@ -1,0 +1,25 @@
+"""What the metrics that take a block of bootstrap weights have in common."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["checked_weights", "ratio_or_nan"]
+
+
+def checked_weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
+    """Weights as float64, shape (resamples, n), or ValueError."""
+    w = np.asarray(weights, dtype=np.float64)
+    if w.ndim != 2 or w.shape[1] != n:
+        raise ValueError(f"Expected weights of shape (resamples, {n}), but got {w.shape}.")
+    if not (w >= 0).all():
+        raise ValueError("Expected weights of at least 0, but got a negative one or NaN.")
+    return w
+
+
+def ratio_or_nan(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Part / whole, NaN (not 0, and no warning) where there is no whole."""
+    ratio = np.full(part.shape, np.nan)
+    np.divide(part, whole, out=ratio, where=whole > 0)
+    return ratio

@@ -1,0 +1,231 @@
+"""Cross-modal retrieval: does a query find what belongs to it, when tied items come in random order?
+
+Reports repeat, and small encoders map different inputs to one vector, so ties are common. Each metric is therefore an
+expectation over all orders of tied items: it never depends on the order of the gallery, and a constant encoder scores
+exactly chance. What counts as a hit is up to the caller, who names a class for each query and each gallery item.
+
+    ranked = rank_queries(images, reports, image_study, report_study)
+    weighted_mean(recall_at(ranked, 5), weights)        # see `bootstrap`; queries are resampled, the gallery is fixed
+    recall_at(chance(image_study, report_study), 5)     # its floor, and with duplicate_ceiling its ceiling
+
+Values are per query. A query without a class, or without any hit in the gallery, has NaN: it is left out of the mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "RankedQueries",
+    "chance",
+    "duplicate_ceiling",
+    "expected_rank",
+    "rank_queries",
+    "recall_at",
+    "reciprocal_rank",
+]
+
+_BLOCK_ELEMENTS = 2**22  # similarities compared at once; with masks and gathered hits about 60 MB
+
+
+class RankedQueries(NamedTuple):
+    """Where the best hit of each query stands in the gallery; arrays have shape (queries,)."""
+
+    greater: NDArray[np.int64]  # gallery items more similar than the best hit
+    tied: NDArray[np.int64]  # gallery items exactly as similar as the best hit, hits included
+    hits_tied: NDArray[np.int64]  # how many of the tied are hits; 0 if the query has no hit at all
+    gallery: int  # number of gallery items
+
+
+def rank_queries(
+    queries: ArrayLike, gallery: ArrayLike, query_class: ArrayLike, gallery_class: ArrayLike
+) -> RankedQueries:
+    """Rank the gallery by inner product with each query, and locate the best hit.
+
+    Vectors that are equal byte for byte are compared once, so they tie exactly, which no BLAS promises by itself.
+    Similarities are computed in float32 and in blocks; beyond its arguments the function needs a copy of the gallery
+    and about 100 MB.
+
+    Args:
+        queries: finite, of unit length if cosines are meant, shape (n, d).
+        gallery: as queries, shape (m, d).
+        query_class: integer per query, shape (n,); -1 leaves the query out.
+        gallery_class: integer per gallery item, shape (m,); a hit has the query's class; -1 is never a hit.
+    """
+    q, g, of_query, of_gallery = _validated(queries, gallery, query_class, gallery_class)
+    greater, tied, hits_tied = np.zeros((3, len(q)), dtype=np.int64)
+    asked = np.flatnonzero(np.isin(of_query, of_gallery[of_gallery >= 0]))
+    if asked.size == 0:
+        return RankedQueries(greater, tied, hits_tied, len(g))
+
+    q_first, q_vector = _distinct(q)
+    g_first, g_vector = _distinct(g)
+    vectors = g[g_first] + np.float32(0)
+    copies = np.bincount(g_vector).astype(np.int64)
+    # Members of a class: the distinct vectors among its items, each with the number of items that have it.
+    labelled = of_gallery >= 0
+    members, hits = np.unique(np.c_[of_gallery[labelled], g_vector[labelled]], axis=0, return_counts=True)
+    # Queries with the same vector and the same class share their answer.
+    pairs, pair = np.unique(np.c_[q_vector[asked], of_query[asked]], axis=0, return_inverse=True)
+    first, last = (np.searchsorted(members[:, 0], pairs[:, 1], side=side) for side in ("left", "right"))
+
+    answers = np.empty((3, len(pairs)), dtype=np.int64)
+    for rows in _row_blocks(len(vectors) + last - first):
+        similarity = (q[q_first[pairs[rows, 0]]] + np.float32(0)) @ vectors.T
+        size = last[rows] - first[rows]
+        offset = np.cumsum(size) - size
+        member = np.arange(size.sum()) - np.repeat(offset - first[rows], size)
+        row = np.repeat(np.arange(len(size)), size)
+        of_hits = similarity[row, members[member, 1]]
+        best = np.maximum.reduceat(of_hits, offset)
+        answers[0, rows] = _count(similarity > best[:, None], copies)
+        answers[1, rows] = _count(similarity == best[:, None], copies)
+        answers[2, rows] = np.add.reduceat(np.where(of_hits == best[row], hits[member], 0), offset)
+    greater[asked], tied[asked], hits_tied[asked] = answers[:, pair.ravel()]
+    return RankedQueries(greater, tied, hits_tied, len(g))
+
+
+def recall_at(ranked: RankedQueries, k: int) -> NDArray[np.float64]:
+    """Probability that a hit is among the first k; per query, in [0, 1], higher is better, NaN without any hit.
+
+    1 - C(tied - hits, j) / C(tied, j) with j = k - greater: the hypergeometric chance to draw no hit in j draws.
+    """
+    if k < 1:
+        raise ValueError(f"Expected k to be at least 1, but got {k}.")
+    greater, tied, hits = ranked.greater, ranked.tied, ranked.hits_tied
+    draws = np.clip(k - greater, 0, tied)
+    missed = np.ones(len(tied))
+    for i in range(int(draws.max(initial=0))):
+        drawing = i < draws
+        left = np.maximum(tied - hits - i, 0)
+        missed[drawing] *= left[drawing] / (tied - i)[drawing]
+    return np.where(hits > 0, 1 - missed, np.nan)
+
+
+def reciprocal_rank(ranked: RankedQueries) -> NDArray[np.float64]:
+    """Expected 1 / rank of the first hit; per query, in (0, 1], higher is better, NaN without any hit."""
+    cases, case = np.unique(np.stack(ranked[:3], axis=1), axis=0, return_inverse=True)
+    value = np.array([_expected_reciprocal(*triple) for triple in cases.tolist()], dtype=np.float64)
+    return value[case.ravel()]
+
+
+def expected_rank(ranked: RankedQueries) -> NDArray[np.float64]:
+    """Expected rank of the first hit; per query, from 1 to the gallery's size, lower is better, NaN without any hit.
+
+    The median rank of a run is the median of these expectations.
+    """
+    rank = ranked.greater + (ranked.tied + 1) / (ranked.hits_tied + 1)
+    return np.where(ranked.hits_tied > 0, rank, np.nan)
+
+
+def chance(query_class: ArrayLike, gallery_class: ArrayLike) -> RankedQueries:
+    """The floor: what a constant encoder reaches, for which the whole gallery ties."""
+    of_query, of_gallery = _classes("query_class", query_class), _classes("gallery_class", gallery_class)
+    hits = _share_count(of_query, of_gallery)
+    return RankedQueries(np.zeros_like(hits), np.where(hits > 0, of_gallery.size, 0), hits, of_gallery.size)
+
+
+def duplicate_ceiling(
+    query_class: ArrayLike, gallery_class: ArrayLike, query_text: ArrayLike, gallery_text: ArrayLike
+) -> RankedQueries:
+    """The ceiling: what a perfect retriever reaches, which knows each item's text but cannot tell equal texts apart.
+
+    With m studies of one text and one hit among them, a query finds it at rank k with probability min(1, k / m).
+
+    Args:
+        query_class: what is to be found, as in `rank_queries`, shape (n,).
+        gallery_class: as in `rank_queries`, shape (m,).
+        query_text: integer that names the text which belongs to the query, shape (n,); -1 leaves the query out.
+        gallery_text: integer that names the text which belongs to the gallery item, shape (m,).
+    """
+    of_query, of_gallery = _classes("query_class", query_class), _classes("gallery_class", gallery_class)
+    text, texts = _classes("query_text", query_text), _classes("gallery_text", gallery_text)
+    if text.shape != of_query.shape or texts.shape != of_gallery.shape:
+        raise ValueError(
+            f"Expected query_text {of_query.shape} and gallery_text {of_gallery.shape}, "
+            f"but got {text.shape} and {texts.shape}."
+        )
+    both = np.concatenate([np.c_[of_query, text], np.c_[of_gallery, texts]])
+    pair = np.unique(both, axis=0, return_inverse=True)[1].ravel()
+    pair[(both < 0).any(axis=1)] = -1
+    hits = _share_count(pair[: of_query.size], pair[of_query.size :])
+    tied = np.where(hits > 0, _share_count(text, texts), 0)
+    return RankedQueries(np.zeros_like(hits), tied, hits, of_gallery.size)
+
+
+def _expected_reciprocal(greater: int, tied: int, hits: int) -> float:
+    if hits == 0:
+        return float("nan")
+    # P(first hit is the j-th of the tied) = C(tied - j, hits - 1) / C(tied, hits), from j to j + 1 by its ratio.
+    j = np.arange(1, tied - hits + 1)
+    probability = hits / tied * np.cumprod(np.r_[1.0, (tied - j - hits + 1) / (tied - j)])
+    return float(probability @ (1 / (greater + np.arange(1, tied - hits + 2))))
+
+
+def _share_count(of_query: NDArray[np.int64], of_gallery: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each query the number of gallery items of its class; 0 for class -1."""
+    ordered = np.sort(of_gallery)
+    count = np.searchsorted(ordered, of_query, side="right") - np.searchsorted(ordered, of_query, side="left")
+    return np.where(of_query >= 0, count, 0).astype(np.int64)
+
+
+def _distinct(vectors: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Index of the first row of each distinct vector, and for each row the number of its vector.
+
+    Rows are compared by a 128-bit digest of their bytes: sorting the rows themselves would copy them several times.
+    The order of distinct vectors follows the digests, so it does not depend on the order of the rows.
+    """
+    zero = np.float32(0)  # added to turn -0.0 into 0.0, whose bytes differ
+    digests = b"".join(hashlib.blake2b((row + zero).tobytes(), digest_size=16).digest() for row in vectors)
+    _, first, inverse = np.unique(np.frombuffer(digests, dtype="V16"), return_index=True, return_inverse=True)
+    return first, inverse
+
+
+def _row_blocks(cost: NDArray[np.int64]) -> Iterator[slice]:
+    """Consecutive rows whose cost stays within the block size; a row that exceeds it alone gets its own block."""
+    start, total = 0, 0
+    for row, one in enumerate(cost.tolist()):
+        if total + one > _BLOCK_ELEMENTS and row > start:
+            yield slice(start, row)
+            start, total = row, 0
+        total += one
+    yield slice(start, len(cost))
+
+
+def _count(mask: NDArray[np.bool_], copies: NDArray[np.int64]) -> NDArray[np.int64]:
+    if (copies == 1).all():
+        return np.asarray(np.count_nonzero(mask, axis=1), dtype=np.int64)
+    return np.asarray(mask @ copies.astype(np.float64), dtype=np.int64)  # exact: whole numbers below 2**53
+
+
+def _classes(name: str, value: ArrayLike) -> NDArray[np.int64]:
+    given = np.asarray(value)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(f"Expected {name} to be integers of shape (n,), but got {given.dtype} of shape {given.shape}.")
+    if given.size and given.min() < -1:
+        raise ValueError(f"Expected {name} to be at least -1 (no class), but got {given.min()}.")
+    return given.astype(np.int64)
+
+
+def _validated(
+    queries: ArrayLike, gallery: ArrayLike, query_class: ArrayLike, gallery_class: ArrayLike
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    q = np.ascontiguousarray(queries, dtype=np.float32)
+    g = np.ascontiguousarray(gallery, dtype=np.float32)
+    if q.ndim != 2 or g.ndim != 2 or q.shape[1] != g.shape[1]:
+        raise ValueError(f"Expected queries (n, d) and gallery (m, d), but got {q.shape} and {g.shape}.")
+    of_query, of_gallery = _classes("query_class", query_class), _classes("gallery_class", gallery_class)
+    if of_query.size != len(q) or of_gallery.size != len(g):
+        raise ValueError(
+            f"Expected {len(q)} query classes and {len(g)} gallery classes, "
+            f"but got {of_query.size} and {of_gallery.size}."
+        )
+    for name, vectors in (("queries", q), ("gallery", g)):
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"Expected finite {name}, but got NaN or infinity.")
+    return q, g, of_query, of_gallery

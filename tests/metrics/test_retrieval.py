@@ -1,0 +1,263 @@
+import csv
+import itertools
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from medvlm_harness.metrics import retrieval
+from medvlm_harness.metrics.bootstrap import bootstrap_estimate, weighted_mean, weighted_median
+from medvlm_harness.metrics.retrieval import (
+    RankedQueries,
+    chance,
+    duplicate_ceiling,
+    expected_rank,
+    rank_queries,
+    recall_at,
+    reciprocal_rank,
+)
+
+RNG = np.random.default_rng(7)
+
+
+def random_ranked(queries: int, gallery: int) -> RankedQueries:
+    greater = RNG.integers(0, gallery, queries)
+    tied = RNG.integers(1, gallery - greater + 1)
+    return RankedQueries(greater, tied, RNG.integers(1, tied + 1), gallery)
+
+
+def first_hits_by_enumeration(similarity: list[float], is_hit: list[bool]) -> list[int]:
+    """Independent and slow: the rank of the first hit in every order of the gallery that the similarities allow."""
+    orders = [
+        order
+        for order in itertools.permutations(range(len(similarity)))
+        if all(similarity[a] >= similarity[b] for a, b in itertools.pairwise(order))
+    ]
+    return [next(rank for rank, item in enumerate(order, start=1) if is_hit[item]) for order in orders]
+
+
+small_gallery = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6).filter(
+    lambda items: any(hit for _, hit in items)
+)
+
+
+@settings(deadline=None)
+@given(small_gallery)
+def test_equals_the_mean_over_all_orders_of_tied_items(items: list[tuple[int, bool]]) -> None:
+    similarity, is_hit = [float(s) for s, _ in items], [hit for _, hit in items]
+    ranked = rank_queries([[1.0]], [[s] for s in similarity], [1], [1 if hit else 0 for hit in is_hit])
+    ranks = np.array(first_hits_by_enumeration(similarity, is_hit))
+    for k in range(1, len(items) + 2):
+        assert recall_at(ranked, k)[0] == pytest.approx((ranks <= k).mean(), abs=1e-12)
+    assert reciprocal_rank(ranked)[0] == pytest.approx((1 / ranks).mean(), abs=1e-12)
+    assert expected_rank(ranked)[0] == pytest.approx(ranks.mean(), abs=1e-12)
+
+
+def test_equals_a_simulation_of_random_orders() -> None:
+    ranked = RankedQueries(np.array([3]), np.array([40]), np.array([4]), 100)
+    ranks = 3 + np.array([RNG.choice(40, 4, replace=False).min() + 1 for _ in range(40_000)])
+    for k in (1, 4, 10, 30):
+        assert recall_at(ranked, k)[0] == pytest.approx((ranks <= k).mean(), abs=0.01)
+    assert reciprocal_rank(ranked)[0] == pytest.approx((1 / ranks).mean(), rel=0.01)
+    assert expected_rank(ranked)[0] == pytest.approx(ranks.mean(), rel=0.01)
+
+
+def ranked_by_loops(q: NDArray, g: NDArray, of_query: NDArray, of_gallery: NDArray) -> list[tuple[int, int, int]]:
+    """Independent and slow: whole-number vectors, so that float64 products are exact."""
+    rows = []
+    for vector, wanted in zip(q, of_query, strict=True):
+        similarity = [int(vector @ one) for one in g]
+        hits = [s for s, c in zip(similarity, of_gallery, strict=True) if c == wanted and wanted >= 0]
+        best = max(hits, default=0)
+        rows.append(
+            (sum(s > best for s in similarity), similarity.count(best), hits.count(best)) if hits else (0, 0, 0)
+        )
+    return rows
+
+
+@pytest.mark.parametrize("block", [1, 37, 2**22])
+def test_counts_equal_a_loop_with_duplicates_missing_classes_and_any_block(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "_BLOCK_ELEMENTS", block)
+    for _ in range(10):
+        q, g = RNG.integers(-1, 2, (25, 3)), RNG.integers(-1, 2, (40, 3))
+        of_query, of_gallery = RNG.integers(-1, 9, 25), RNG.integers(-1, 8, 40)
+        ranked = rank_queries(q, g, of_query, of_gallery)
+        expected = ranked_by_loops(q, g, of_query, of_gallery)
+        assert list(zip(*(array.tolist() for array in ranked[:3]), strict=True)) == expected
+        assert ranked.gallery == 40
+
+
+def test_equal_vectors_tie_exactly_wherever_they_stand() -> None:
+    base = RNG.normal(size=(30, 513)).astype(np.float32)
+    base /= np.linalg.norm(base, axis=1, keepdims=True)
+    g = base[np.arange(3000) % 30]
+    ranked = rank_queries(base, g, np.arange(30), np.where(np.arange(3000) < 30, np.arange(3000), -1))
+    assert (ranked.greater == 0).all() and (ranked.tied == 100).all() and (ranked.hits_tied == 1).all()
+    assert recall_at(ranked, 10) == pytest.approx(np.full(30, 0.1))
+
+
+def test_minus_zero_is_zero() -> None:
+    ranked = rank_queries([[1.0, 0.0]], [[0.5, 0.0], [0.5, -0.0]], [0], [0, 1])
+    assert (ranked.tied[0], len(retrieval._distinct(np.array([[0.0], [-0.0]], dtype=np.float32))[0])) == (2, 1)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_a_constant_encoder_scores_exactly_chance(items: int, k: int) -> None:
+    vectors = np.full((items, 8), 8**-0.5)
+    ranked = rank_queries(vectors, vectors, np.arange(items), np.arange(items))
+    floor = chance(np.arange(items), np.arange(items))
+    assert recall_at(ranked, k) == pytest.approx(np.full(items, min(1, k / items)), abs=1e-12)
+    assert (recall_at(ranked, k) == recall_at(floor, k)).all()
+    assert expected_rank(ranked) == pytest.approx(np.full(items, (items + 1) / 2))
+    assert reciprocal_rank(ranked) == pytest.approx(np.full(items, (1 / np.arange(1, items + 1)).mean()))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_the_order_of_the_gallery_does_not_matter(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(50, 16)).astype(np.float32)[rng.integers(0, 50, 50)]
+    q, of_query, of_gallery = rng.normal(size=(20, 16)), rng.integers(0, 12, 20), rng.integers(0, 12, 50)
+    order = rng.permutation(50)
+    first, second = rank_queries(q, g, of_query, of_gallery), rank_queries(q, g[order], of_query, of_gallery[order])
+    assert all((a == b).all() for a, b in zip(first[:3], second[:3], strict=True))
+
+
+def test_a_perfect_encoder_is_first_and_a_reversed_one_last() -> None:
+    eye = np.eye(12)
+    assert (recall_at(rank_queries(eye, eye, np.arange(12), np.arange(12)), 1) == 1).all()
+    last = rank_queries(-eye, eye, np.arange(12), np.arange(12))
+    assert (expected_rank(last) == 12).all() and (recall_at(last, 11) == 0).all()
+
+
+def test_recall_grows_with_k_and_ends_at_one() -> None:
+    ranked = random_ranked(200, 50)
+    recalls = np.array([recall_at(ranked, k) for k in range(1, 51)])
+    assert (np.diff(recalls, axis=0) >= -1e-12).all() and (recalls[-1] == 1).all()
+    # P(rank <= k), summed over k, gives the mean rank again; with weights 1/k - 1/(k + 1) the mean reciprocal.
+    assert 50 - recalls[:-1].sum(axis=0) == pytest.approx(expected_rank(ranked))
+    k = np.arange(1, 50)
+    assert recalls[-1] / 50 + (1 / k - 1 / (k + 1)) @ recalls[:-1] == pytest.approx(reciprocal_rank(ranked))
+
+
+def test_chance_of_several_hits_is_hypergeometric() -> None:
+    floor = chance([7, 8, -1, 9], [7, 7, 8, -1, -1])
+    assert recall_at(floor, 2) == pytest.approx(np.array([1 - 3 / 10, 2 / 5, np.nan, np.nan]), nan_ok=True)
+    vectors = np.ones((5, 2))
+    constant = rank_queries(vectors[:4], vectors, [7, 8, -1, 9], [7, 7, 8, -1, -1])
+    assert all((a == b).all() for a, b in zip(constant[:3], floor[:3], strict=True))
+
+
+def test_the_ceiling_is_k_over_the_number_of_equal_texts() -> None:
+    text = np.array([0, 0, 0, 0, 1])
+    ceiling = duplicate_ceiling(np.arange(5), np.arange(5), text, text)
+    assert recall_at(ceiling, 2) == pytest.approx(np.array([0.5] * 4 + [1.0]))
+    assert reciprocal_rank(ceiling) == pytest.approx(np.array([(1 + 1 / 2 + 1 / 3 + 1 / 4) / 4] * 4 + [1.0]))
+    assert weighted_median(expected_rank(ceiling), np.ones((1, 5)))[0] == 2.5
+
+
+def test_the_ceiling_is_what_an_encoder_of_the_texts_reaches() -> None:
+    study = np.repeat(np.arange(40), 2)
+    text = RNG.integers(0, 12, 40)
+    vectors = np.eye(12)[text]
+    by_image, by_text = vectors[study], vectors
+    for query, gallery, of_query, of_gallery in (
+        (by_image, by_text, study, np.arange(40)),
+        (by_text, by_image, np.arange(40), study),
+    ):
+        perfect = rank_queries(query, gallery, of_query, of_gallery)
+        ceiling = duplicate_ceiling(of_query, of_gallery, text[of_query], text[of_gallery])
+        assert all((a == b).all() for a, b in zip(perfect[:3], ceiling[:3], strict=True))
+
+
+def test_text_class_hits_have_no_such_ceiling() -> None:
+    text = np.array([0, 0, 0, 0, 1])
+    assert (recall_at(duplicate_ceiling(text, text, text, text), 1) == 1).all()
+
+
+PUBLISHED = {  # ReXrank's files of the same split, numbers_and_lm_eval.md, section 4a
+    "impression": (0.397, 0.641, 0.783),
+    "findings": (0.675, 0.878, 0.951),
+    "report": (0.720, 0.924, 0.978),
+}
+
+
+@pytest.mark.parametrize("section", PUBLISHED)
+def test_ceiling_of_the_r2gen_test_split(section: str, shared: Path) -> None:
+    folder = shared / "data" / "iu_cxr"
+    if not (folder / "r2gen_split.csv").is_file():
+        pytest.skip(f"no IU-CXR data in {folder}")
+    with (folder / "indiana_reports.csv").open(newline="", encoding="utf-8") as file:
+        reports = {row["uid"]: row for row in csv.DictReader(file)}
+    with (folder / "r2gen_split.csv").open(newline="", encoding="utf-8") as file:
+        rows = [reports[row["uid"]] for row in csv.DictReader(file) if row["split"] == "test"]
+    texts = [
+        f"{row['findings'].strip()} {row['impression'].strip()}" if section == "report" else row[section].strip()
+        for row in rows
+    ]
+    _, text = np.unique(texts, return_inverse=True)
+    ceiling = duplicate_ceiling(np.arange(590), np.arange(590), text, text)
+    # Published to three digits: equal texts in both sources must give the same number up to that rounding.
+    got = [float(recall_at(ceiling, k).mean()) for k in (1, 5, 10)]
+    assert got == pytest.approx(list(PUBLISHED[section]), abs=5.1e-4)
+
+
+def test_queries_are_resampled_by_study_and_those_without_a_hit_are_left_out() -> None:
+    study = np.repeat(np.arange(150), 2)
+    q, g = RNG.normal(size=(300, 8)), RNG.normal(size=(150, 8))
+    of_query = np.where(study < 100, study, -1)
+    values = recall_at(rank_queries(q, g, of_query, np.arange(150)), 10)
+    assert np.isnan(values).sum() == 100
+    estimate = bootstrap_estimate(lambda w: weighted_mean(values, w), study)
+    by_study = values[:200].reshape(100, 2).mean(axis=1)
+    assert estimate.value == pytest.approx(by_study.mean())
+    assert estimate.stderr == pytest.approx(by_study.std() / 10, rel=0.15)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_nothing_to_find_is_undefined_not_zero(n: int) -> None:
+    ranked = rank_queries(np.zeros((n, 4)), np.zeros((0, 4)), np.arange(n), np.arange(0))
+    for value in (recall_at(ranked, 5), reciprocal_rank(ranked), expected_rank(ranked)):
+        assert value.shape == (n,) and np.isnan(value).all()
+    assert np.isnan(weighted_mean(recall_at(ranked, 5), np.ones((1, n)))).all()
+
+
+def test_the_similarity_matrix_is_never_held_as_a_whole() -> None:
+    q, g = RNG.normal(size=(12_000, 8)).astype(np.float32), RNG.normal(size=(12_000, 8)).astype(np.float32)
+    tracemalloc.start()
+    rank_queries(q, g, np.arange(12_000), np.arange(12_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * 2**20  # the matrix alone would be 576 MB
+
+
+@pytest.mark.parametrize(
+    ("q", "g", "of_query", "of_gallery", "message"),
+    [
+        ([[1.0]], [[1.0, 2.0]], [0], [0], r"queries \(n, d\)"),
+        ([[1.0]], [[1.0]], [0, 1], [0], "1 query classes"),
+        ([[1.0]], [[1.0]], [0.5], [0], "query_class to be integers"),
+        ([[1.0]], [[1.0]], [-2], [0], "at least -1"),
+        ([[np.nan]], [[1.0]], [0], [0], "finite queries"),
+        ([[1.0]], [[np.inf]], [0], [0], "finite gallery"),
+    ],
+)
+def test_wrong_input_says_what_was_expected(
+    q: list[list[float]], g: list[list[float]], of_query: list[int], of_gallery: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rank_queries(q, g, of_query, of_gallery)
+
+
+def test_wrong_k_and_wrong_texts_say_what_was_expected() -> None:
+    with pytest.raises(ValueError, match="k to be at least 1"):
+        recall_at(chance([0], [0]), 0)
+    with pytest.raises(ValueError, match="Expected query_text"):
+        duplicate_ceiling([0, 1], [0, 1], [0], [0, 1])
