@@ -1,0 +1,90 @@
+"""Fixtures that every test folder shares: where the real data lies, and how a tiny synthetic copy is made."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvlm_harness.data.locate import find_dataset
+from medvlm_harness.data.prepare import PrepareReport, prepare_iu_cxr
+from medvlm_harness.data.records import Dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORT_HEADER = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data for development; tests on it are skipped elsewhere."""
+    folder = Path(os.environ.get("MEDVLM_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"needs the real data, in {folder} or $MEDVLM_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def iu_cxr_report(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareReport:
+    """The real IU-CXR, prepared once for the whole run, with the labeler's table."""
+    source = shared / "data" / "iu_cxr"
+    out = tmp_path_factory.mktemp("prepared") / "iu_cxr"
+    return prepare_iu_cxr(source, labels=source / "labels_and_splits.csv", out=out)
+
+
+@pytest.fixture(scope="session")
+def iu_cxr(iu_cxr_report: PrepareReport) -> Dataset:
+    """The same, read back."""
+    return find_dataset("iu_cxr", data_dir=iu_cxr_report.folder)
+
+
+@pytest.fixture(scope="session")
+def write_image() -> Callable[..., Path]:
+    """Write a small random image; the suffix picks the format."""
+
+    def write(path: Path, *, size: tuple[int, int] = (12, 10), seed: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, size[::-1], dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_csv() -> Callable[..., Path]:
+    """Write a table as given, rows of a wrong length included."""
+
+    def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+        return path
+
+    return write
+
+
+@pytest.fixture
+def kaggle_folder(tmp_path: Path, write_image: Callable[..., Path], write_csv: Callable[..., Path]) -> Path:
+    """A faultless copy in Kaggle's layout: uid 1 and 4 in the published train split, 2 outside it, JPEG and PNG."""
+    folder = tmp_path / "kaggle"
+    reports = [
+        (1, "normal", "normal", "", "cough", "None.", "the lungs are clear", "no acute disease"),
+        (2, "No Indexing", "No Indexing", "", "pain", "", "", "stable"),
+        (4, "Cardiomegaly/borderline;Opacity/lung", "x", "", "", "", "large heart", ""),
+    ]
+    projections = [
+        (1, "1_IM-0001-4001.dcm.png", "Frontal"),
+        (1, "1_IM-0001-3001.dcm.png", "Lateral"),
+        (4, "4_IM-2050-1001.dcm.png", "Frontal"),
+    ]
+    write_csv(folder / "indiana_reports.csv", REPORT_HEADER, reports)
+    write_csv(folder / "indiana_projections.csv", ("uid", "filename", "projection"), projections)
+    for seed, name in enumerate(("1_IM-0001-4001.dcm.jpg", "1_IM-0001-3001.dcm.png", "4_IM-2050-1001.png")):
+        write_image(folder / "images" / "deep" / name, seed=seed)
+    return folder
