@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -25,10 +26,11 @@ from medvlm_harness.data.sources.detect import detect
 from medvlm_harness.data.splits import SPLIT_SCHEMES, SPLITS, SplitScheme, assign_split
 from medvlm_harness.errors import UserError, near_matches
 
-__all__ = ["IU_CXR_LICENCE", "PrepareReport", "Progress", "prepare_iu_cxr", "prepare_reading"]
+__all__ = ["IU_CXR_LICENCE", "LOG_FILE", "PrepareReport", "Progress", "prepare_iu_cxr", "prepare_reading"]
 
 IU_CXR_LICENCE = "CC BY-NC-ND 4.0"
 DECODE_THREADS = 2
+LOG_FILE = "read_log.csv"
 VIEW_UNKNOWN = "view_unknown"
 Progress = Callable[[int, int], None]
 """Called with the number of images checked so far and their total."""
@@ -132,6 +134,7 @@ def prepare_reading(
         revision=reading.revision,
     )
     write_dataset(out, studies, manifest)
+    _write_log(out / LOG_FILE, log)
     return PrepareReport(
         folder=out,
         layout=reading.layout,
@@ -229,6 +232,15 @@ def _note_duplicates(studies: Iterable[Study], log: ReadLog) -> None:
     for first, *others in files.values():
         for other in others:
             log.note("duplicate_image", other, f"byte for byte {first}")
+
+
+def _write_log(path: Path, log: ReadLog) -> None:
+    """Every name behind a count: what was dropped, and what was kept but should be known."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("what", "rule", "name"))
+        for what, rules in (("dropped", log.dropped), ("noted", log.noted)):
+            table.writerows((what, rule, name) for rule, names in sorted(rules.items()) for name in names)
 
 
 def _splits(studies: Iterable[Study]) -> dict[str, dict[str, int]]:
