@@ -1,0 +1,175 @@
+"""The contract between tasks and backends: what a task asks, and what a backend answers.
+
+lm-eval calls `getattr(lm, request_type)(instances)`. Beside its own `loglikelihood` and `generate_until` there are
+
+| request type | arguments                         | response                                    |
+|--------------|-----------------------------------|---------------------------------------------|
+| `embed`      | one `ImageRef` or one `TextRef`   | `Embedding`: float32, unit length, (d,)     |
+| `classify`   | one `ImageRef`, and a `LabelSet`  | `LabelScores`: margin (L,), probability (L,) |
+
+References are strings (content hashes) with the path or the text beside them, so that logged samples hold ids, scores
+and hashes, and neither pixels, texts nor vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvlm_harness.errors import UserError, near_matches
+
+__all__ = ["Capability", "Embedding", "ImageRef", "Label", "LabelScores", "LabelSet", "TextRef"]
+
+Capability = Literal["classify:image", "embed:image", "embed:text", "generate_until", "loglikelihood"]
+"""What a backend can do: a request type, and the kind of input where that matters."""
+
+
+class ImageRef(str):
+    """An image, as the sha256 of its file's bytes; `path` says where the file lies, its pixels are never held."""
+
+    __slots__ = ("path",)
+    path: Path
+
+    def __new__(cls, sha256: str, path: Path) -> ImageRef:
+        """The hash as the string, and the path beside it."""
+        ref = super().__new__(cls, sha256)
+        ref.path = path
+        return ref
+
+    def __reduce__(self) -> tuple[type[ImageRef], tuple[str, Path]]:
+        return ImageRef, (str(self), self.path)
+
+
+class TextRef(str):
+    """A text, as the sha256 of its UTF-8 bytes; `text` is the text itself."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> TextRef:
+        """The hash of the text as the string, and the text beside it."""
+        ref = super().__new__(cls, hashlib.sha256(text.encode()).hexdigest())
+        ref.text = text
+        return ref
+
+    def __reduce__(self) -> tuple[type[TextRef], tuple[str]]:
+        return TextRef, (self.text,)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """One unit-length vector, shape (d,), float32, and whether the tokenizer had to cut the text (None for images)."""
+
+    vector: NDArray[np.float32]
+    truncated: bool | None = None
+
+    def __str__(self) -> str:
+        return f"embedding@{hashlib.sha256(self.vector.tobytes()).hexdigest()[:12]}"
+
+
+class LabelScores(NamedTuple):
+    """Scores of one image for each label of a set, in its order.
+
+    Margins rank, on any scale. Probabilities are in [0, 1], on the scale that the model's card names; those of a
+    multiclass set sum to 1.
+    """
+
+    margin: tuple[float, ...]
+    probability: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One label with the phrases that say it is there, the phrases that say it is not, and a yes/no question."""
+
+    name: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...] = ()
+    question: str = ""
+
+    @property
+    def key(self) -> str:
+        """The label's name in metric names: lower case, underscores for spaces."""
+        return self.name.lower().replace(" ", "_")
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """What a `classify` request asks about: independent labels (multilabel) or exclusive options (multiclass)."""
+
+    name: str
+    kind: Literal["multilabel", "multiclass"]
+    labels: tuple[Label, ...]
+    # Share of positives in the train split, per label: what the floor `medvlm-baseline kind=prior` answers.
+    prior: tuple[float | None, ...] = field(default=(), compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.sha256[:12]}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The label names, in order."""
+        return tuple(label.name for label in self.labels)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of everything that a model sees of this set: kind, names, phrases and questions."""
+        content = [self.kind, [[x.name, x.positive, x.negative, x.question] for x in self.labels]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @classmethod
+    def from_config(cls, name: str, config: Any) -> LabelSet:
+        """Read the `labels:` of a task's YAML.
+
+        Three forms: a list of names (phrases are the lower-case name and "no " + it); a mapping of names to
+        `{positive: [...], negative: [...], question: ...}`; and `{kind: multiclass, options: {name: phrase}}`.
+
+        Raises:
+            UserError: if it is none of these, has unknown keys, or a phrase is missing.
+        """
+        if isinstance(config, Mapping) and config.get("kind") == "multiclass":
+            _refuse_unknown(config, {"kind", "options"}, f"labels of {name}")
+            options = config.get("options")
+            if not isinstance(options, Mapping) or len(options) < 2:
+                raise UserError(
+                    f"Expected labels.options of {name} to map two or more names to phrases, got {options!r}."
+                )
+            labels = tuple(Label(str(key), _phrases(phrase, f"{name}: {key}")) for key, phrase in options.items())
+            return cls(name, "multiclass", labels)
+        if isinstance(config, Mapping) and config:
+            return cls(name, "multilabel", tuple(_label(str(key), spec, name) for key, spec in config.items()))
+        if isinstance(config, Sequence) and not isinstance(config, str) and config:
+            if len(set(map(str, config))) < len(config):
+                raise UserError(f"Expected each label of {name} once, but got {list(config)}.")
+            return cls(name, "multilabel", tuple(_label(str(key), {}, name) for key in config))
+        raise UserError(f"Expected labels of {name} to be a list of names or a mapping of names, but got {config!r}.")
+
+
+def _label(key: str, spec: Any, owner: str) -> Label:
+    if not isinstance(spec, Mapping):
+        raise UserError(f"Expected label {key!r} of {owner} to be a mapping with positive and negative, got {spec!r}.")
+    _refuse_unknown(spec, {"positive", "negative", "question"}, f"label {key!r} of {owner}")
+    words = key.lower().replace("_", " ")
+    positive = _phrases(spec.get("positive", words), f"{owner}: {key}.positive")
+    negative = _phrases(spec.get("negative", f"no {words}"), f"{owner}: {key}.negative")
+    return Label(key, positive, negative, str(spec.get("question", f"Is there {words}?")))
+
+
+def _phrases(value: Any, where: str) -> tuple[str, ...]:
+    phrases = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
+        raise UserError(f"Expected one or more phrases for {where}, but got {value!r}.")
+    return phrases
+
+
+def _refuse_unknown(config: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in config:
+        if key not in known:
+            raise UserError(f"Unknown key {key!r} in {where}.{near_matches(str(key), known)}")

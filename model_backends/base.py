@@ -1,0 +1,131 @@
+"""What every backend of ours inherits: options checked, batch size read, and requests refused that it cannot answer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.utils import simple_parse_args_string
+
+from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.requests import Capability, Embedding, LabelScores
+
+__all__ = ["MedicalLM"]
+
+_log = logging.getLogger("lm_eval.medvlm")
+
+DEFAULT_BATCH_SIZE = 64
+
+
+class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
+    """A model under test.
+
+    A subclass names its card and its capabilities, and implements the requests among them. Options are the keyword
+    parameters of its constructor; an unknown one is refused before anything is loaded.
+    """
+
+    MULTIMODAL = True  # lm-eval then hashes image arguments in logged samples instead of writing their bytes
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset()
+    card: ModelCard
+
+    def __init__(self, *, batch_size: int | str | None = None, max_batch_size: int | None = None) -> None:
+        super().__init__()
+        self.batch_size = _batch_size(batch_size)
+        if max_batch_size is not None:
+            self.batch_size = min(self.batch_size, int(max_batch_size))
+
+    # --- what it can do
+
+    def classify(self, requests: Sequence[Instance]) -> list[LabelScores]:
+        """Margins and probabilities of each image for a label set."""
+        raise self._cannot("classify")
+
+    def embed(self, requests: Sequence[Instance]) -> list[Embedding]:
+        """Unit vectors of images or texts."""
+        raise self._cannot("embed")
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations."""
+        raise self._cannot("loglikelihood")
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
+        """Log-likelihood of whole texts."""
+        raise self._cannot("loglikelihood_rolling")
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Greedy continuations."""
+        raise self._cannot("generate_until")
+
+    def _cannot(self, request: str) -> UserError:
+        return UserError(f"{self.card.name} ({self.card.family}) cannot answer `{request}` requests.")
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the results file says of this model: card, hashes, precision, prompts; plain JSON."""
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval adds to `config` of the results."""
+        return {"model_num_parameters": self.card.parameters}
+
+    # --- options
+
+    @classmethod
+    def options(cls) -> frozenset[str]:
+        """The names that --model_args may use."""
+        return frozenset(cls._parameters())
+
+    @classmethod
+    def _parameters(cls) -> dict[str, inspect.Parameter]:
+        """Keyword parameters of the constructor, and of the one above it where it passes `**options` on."""
+        found: dict[str, inspect.Parameter] = {}
+        for owner in cls.__mro__:
+            constructor = vars(owner).get("__init__")
+            if constructor is None:
+                continue
+            parameters = inspect.signature(constructor).parameters.values()
+            found = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY} | found
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+        return found
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Build from --model_args; lm-eval's own arguments (batch size, device) fill in what is not given there.
+
+        Raises:
+            UserError: for an unknown or missing option.
+        """
+        given = {k: v for k, v in (additional_config or {}).items() if v is not None and k in cls.options()}
+        for key in arg_dict:
+            if key not in cls.options():
+                raise UserError(f"Unknown option {key!r} of model {cls.card.name}.{near_matches(key, cls.options())}")
+        arguments = {**given, **arg_dict}
+        for name, parameter in cls._parameters().items():
+            if parameter.default is parameter.empty and name not in arguments:
+                raise UserError(f"Model {cls.card.name} needs {name}=...: --model_args {name}=PATH_OR_NAME")
+        return cls(**arguments)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Self:
+        """Build from `key=value,key=value`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+
+def _batch_size(value: int | str | None) -> int:
+    if value is None or (isinstance(value, str) and value.startswith("auto")):
+        return DEFAULT_BATCH_SIZE
+    try:
+        size = int(value)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UserError(f"Expected batch_size to be a positive integer or auto, but got {value!r}.")
+    return size

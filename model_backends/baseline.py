@@ -1,0 +1,104 @@
+"""`medvlm-baseline`: floors and ceilings as ordinary models, so that every number has them beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from lm_eval.api.instance import Instance
+
+from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.model_backends.base import MedicalLM
+from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.requests import Capability, Embedding, ImageRef, LabelScores, LabelSet
+
+__all__ = ["BaselineBackend"]
+
+KINDS = ("prior", "random", "oracle")
+DIMENSION = 256
+
+
+class BaselineBackend(MedicalLM):
+    """A model without weights.
+
+    `kind=prior` answers the train split's prevalence and one vector for everything; `random` answers noise that depends
+    on nothing but the input and the seed; `oracle` reads the truth from the document.
+    """
+
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"classify:image", "embed:image", "embed:text"})
+    card: ModelCard = ModelCard(
+        name="medvlm-baseline",
+        family="baseline",
+        summary="floors and ceilings: kind=prior, random or oracle",
+        licence="apache-2.0",
+        parameters=0,
+        trained_on=(),
+        probability_scale="given",
+    )
+
+    def __init__(
+        self,
+        *,
+        kind: Literal["prior", "random", "oracle"] = "prior",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if kind not in KINDS:
+            raise UserError(f"Unknown kind {kind!r} of medvlm-baseline.{near_matches(str(kind), KINDS)}")
+        self.kind, self.seed = kind, seed
+
+    def classify(self, requests: Sequence[Instance]) -> list[LabelScores]:
+        """Prevalence, noise, or the document's own answer."""
+        return [self._scores(request) for request in requests]
+
+    def embed(self, requests: Sequence[Instance]) -> list[Embedding]:
+        """One vector for all, a vector per input, or the vector of the report that belongs to the study."""
+        return [self._embedding(request) for request in requests]
+
+    def _scores(self, request: Instance) -> LabelScores:
+        image, label_set = request.arguments
+        if self.kind == "random":
+            probability = self._noise(f"{image}{label_set}").random(len(label_set.labels))
+        elif self.kind == "oracle":
+            target = [0.5 if value is None else float(value) for value in request.doc["target"]]
+            probability = np.clip(target, 1e-6, 1 - 1e-6)
+        else:
+            known = [0.5 if value is None else value for value in _prior(label_set)]
+            probability = np.clip(known, 1e-6, 1 - 1e-6)
+        if label_set.kind == "multiclass":
+            probability = probability / probability.sum()
+        margin = np.log(probability) - np.log1p(-probability)
+        return LabelScores(tuple(margin.tolist()), tuple(probability.tolist()))
+
+    def _embedding(self, request: Instance) -> Embedding:
+        argument = request.arguments[0]
+        is_image = isinstance(argument, ImageRef)
+        keys = [str(argument)]
+        if self.kind == "prior":
+            keys = [""]
+        elif self.kind == "oracle" and is_image:
+            # The texts that the image belongs to; its report twice, since another study's may be one of the parts.
+            keys = [request.doc["texts"]["report"], *request.doc["texts"].values()]
+        vector = np.sum([self._noise(key).standard_normal(DIMENSION) for key in keys], axis=0).astype(np.float32)
+        return Embedding(vector / np.linalg.norm(vector), None if is_image else False)
+
+    def _noise(self, key: str) -> np.random.Generator:
+        digest = hashlib.sha256(f"{self.seed}:{key}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+    def describe(self) -> dict[str, Any]:
+        """Card, kind and seed; there are no weights to hash."""
+        return {
+            "card": self.card.to_dict(),
+            "weights_sha256": None,
+            "kind": self.kind,
+            "seed": self.seed,
+            "probability_scale": self.card.probability_scale,
+        }
+
+
+def _prior(label_set: LabelSet) -> Sequence[float | None]:
+    return label_set.prior or (None,) * len(label_set.labels)

@@ -1,0 +1,49 @@
+"""`biomedclip`: BiomedCLIP from a local copy of its Hub folder, without asking the Hub for its text tower."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.cards import ModelCard, Prompts, Source
+from medvlm_harness.model_backends.clip import TowerBackend
+from medvlm_harness.model_backends.open_clip_towers import CONFIG_FILE, folder_towers, named_towers
+from medvlm_harness.model_backends.towers import Towers
+
+__all__ = ["BiomedClipBackend"]
+
+HUB_ID = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+
+
+class BiomedClipBackend(TowerBackend):
+    """BiomedCLIP.
+
+    `pretrained=` is a folder with open_clip_config.json, open_clip_pytorch_model.bin and the tokenizer's files, or
+    `hf-hub:` and the published name.
+    """
+
+    card: ModelCard = ModelCard(
+        name="biomedclip",
+        family="dual encoder",
+        summary="BiomedCLIP, ViT-B/16 and PubMedBERT on figure-caption pairs of PubMed Central",
+        source=Source(HUB_ID),
+        licence="mit",
+        trained_on=("PMC-15M",),
+        # The model card gives positives only ("this is a photo of" + label); the negative phrase of the task goes in.
+        prompts=Prompts(("this is a photo of {}",), source=f"model card of {HUB_ID}", licence="MIT"),
+        reference="Zhang et al. 2023, arXiv 2303.00915",
+    )
+
+    def build(self) -> Towers:
+        """From a folder, or through the Hub."""
+        location = self.pretrained.removeprefix("local-dir:")
+        folder = Path(location).expanduser()
+        if folder.is_dir():
+            if not (folder / CONFIG_FILE).is_file():
+                raise UserError(f"Expected {folder} to hold {CONFIG_FILE}, as {HUB_ID} does, but it does not.")
+            return folder_towers(folder, self.device)
+        if location.startswith("hf-hub:"):
+            self.card = replace(self.card, source=Source(location.removeprefix("hf-hub:")))
+            return named_towers(location, "", self.device)
+        raise UserError(f"Expected pretrained to be a folder or hf-hub:{HUB_ID}, but there is nothing at {location}.")

@@ -1,0 +1,91 @@
+"""Model cards: what a model is, as frozen data, and the card that may lie beside weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from medvlm_harness.errors import UserError, near_matches
+
+__all__ = ["CARD_FILE", "ModelCard", "Prompts", "Source", "card_beside", "file_sha256"]
+
+CARD_FILE = "medvlm_card.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint is published; None is unknown or not pinned, never a guess."""
+
+    location: str
+    revision: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)  # file name -> hash
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Templates that a checkpoint was trained or published with, verbatim; `{}` stands for the label."""
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...] = ()  # empty: the publication scores positives only
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a model is. Numbers and names that nobody published are None."""
+
+    name: str
+    family: Literal["dual encoder", "baseline", "generative", "text encoder"]
+    summary: str = ""
+    source: Source | None = None
+    licence: str | None = None
+    parameters: int | None = None
+    # Data set names, or "<scheme> <split> split", or {dataset: ..., splits: [...]}; None where nothing is known.
+    trained_on: tuple[Any, ...] | None = None
+    preprocessing: str = ""
+    # How probabilities come from cosines: softmax over a pair with the model's own logit scale, or with none.
+    probability_scale: Literal["logit scale", "no scale", "sigmoid", "given"] = "logit scale"
+    prompts: Prompts | None = None
+    reference: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def card_beside(weights: Path, card: ModelCard) -> ModelCard:
+    """A card completed by the `medvlm_card.yaml` that lies beside a checkpoint, where one does.
+
+    Raises:
+        UserError: if that file is no mapping or has unknown keys.
+    """
+    path = (weights if weights.is_dir() else weights.parent) / CARD_FILE
+    if not path.is_file():
+        return card
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path}: expected a mapping, but got {given!r}.")
+    known = {f.name for f in fields(ModelCard)} - {"family", "source", "prompts", "probability_scale"}
+    for key in given:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}.{near_matches(str(key), known)}")
+    values = dict(given)
+    if "trained_on" in values and values["trained_on"] is not None:
+        entries = values["trained_on"]
+        values["trained_on"] = (entries,) if isinstance(entries, (str, Mapping)) else tuple(entries)
+    return replace(card, **values)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

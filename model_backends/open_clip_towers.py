@@ -1,0 +1,231 @@
+"""Towers built by open_clip: from a built-in name and tag, the Hub, a folder, or a checkpoint file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import _find_checkpoint_in_dir as find_checkpoint
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.model_backends.dual_encoder import EncodedTexts
+from medvlm_harness.model_backends.towers import Towers, refuse_key_mismatch
+
+__all__ = ["CONFIG_FILE", "folder_towers", "load_exactly", "named_towers", "read_checkpoint", "wrap"]
+
+CONFIG_FILE = "open_clip_config.json"
+# What torch.load(weights_only=True) and safetensors raise on a file that is damaged, foreign or holds code.
+_LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
+
+
+def named_towers(architecture: str, pretrained: str, device: torch.device) -> Towers:
+    """A built-in architecture with a published tag or a checkpoint file, or an `hf-hub:` name.
+
+    Raises:
+        UserError: if the name or tag is unknown, the file does not fit, or the Hub cannot be reached.
+    """
+    on_hub = architecture.startswith("hf-hub:")
+    file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
+    if not on_hub:
+        known = open_clip.list_models()
+        if architecture not in known:
+            raise UserError(f"open_clip has no architecture {architecture!r}.{near_matches(architecture, known)}")
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if file is None and pretrained not in tags:
+            raise UserError(
+                f"{pretrained!r} is neither a file nor a published tag of {architecture}."
+                f"{near_matches(pretrained, tags)}"
+            )
+    if file is not None:
+        model = _without_weights(architecture)
+        _load(model, file, f"architecture {architecture}")
+    else:
+        # Weights trained with QuickGELU load into a model with GELU as well, and every embedding is then wrong.
+        tag = {} if on_hub else open_clip.get_pretrained_cfg(architecture, pretrained)
+        quick_gelu = {"force_quick_gelu": True} if tag.get("quick_gelu") else {}
+        try:
+            model = open_clip.create_model(
+                architecture, pretrained=pretrained or None, require_pretrained=True, **quick_gelu
+            )
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"Cannot load {architecture} {pretrained}: {_first_line(error)} "
+                "Without a network, give a local folder or file: pretrained=PATH."
+            ) from error
+    tokenizer = open_clip.get_tokenizer(architecture)
+    return wrap(model, tokenizer, device, (file,) if file else ())
+
+
+def folder_towers(folder: Path, device: torch.device) -> Towers:
+    """A folder in open_clip's `local-dir:` layout: open_clip_config.json, weights, and tokenizer files if it has any.
+
+    No part of it is looked for on the Hub: the configuration of a BERT text tower is read from the folder's
+    config.json or, without one, from the shapes of the weights.
+
+    Raises:
+        UserError: if a file is missing or does not fit.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        model_config = config["model_cfg"]
+        text_config = model_config["text_cfg"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG_FILE}: expected JSON with model_cfg.text_cfg ({error!r}).") from error
+    found = find_checkpoint(folder)
+    if found is None:
+        raise UserError(f"{folder} has {CONFIG_FILE} but no weights (*.safetensors, *.bin or *.pth).")
+    weights = Path(found)
+    options: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if "hf_model_name" in text_config:
+            home = folder if (folder / "config.json").is_file() else _write_bert_config(weights, Path(scratch))
+            options["text_cfg"] = {**text_config, "hf_model_name": str(home), "hf_model_pretrained": False}
+        model = _without_weights(f"local-dir:{folder}", **options)
+    _load(model, weights, f"{CONFIG_FILE} of its folder")
+    try:
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no tokenizer that loads: {_first_line(error)}") from error
+    return wrap(model, tokenizer, device, (weights,))
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from safetensors, or from a pickle that holds nothing but tensors and plain containers.
+
+    Raises:
+        UserError: if it is no such file; it is never unpickled with code.
+    """
+    try:
+        # Not open_clip's own loader: on a TypeError it loads again without weights_only.
+        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except _LOAD_ERRORS as error:
+        raise UserError(
+            f"{path} is no checkpoint that loads safely (safetensors, or a state dict with weights_only): "
+            f"{_first_line(error)}"
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise UserError(f"{path}: expected a state dict (names to tensors), but got other values.")
+    if state and all(name.startswith("module.") for name in state):  # saved under DataParallel
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+def _without_weights(name: str, **options: Any) -> torch.nn.Module:
+    """The model as configured; `_load` fills it, so open_clip's warning that it is random would mislead."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        model: torch.nn.Module = open_clip.create_model(name, load_weights=False, pretrained_text=False, **options)
+    finally:
+        logging.disable(disabled)
+    return model
+
+
+def _load(model: torch.nn.Module, path: Path, target: str) -> None:
+    state = read_checkpoint(path)
+    # Buffers that older transformers saved and newer ones compute.
+    state.pop("text.transformer.embeddings.position_ids", None)
+    load_exactly(model, state, str(path), target)
+
+
+def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str, target: str) -> None:
+    """Load a state dict that fits in every name and shape.
+
+    Raises:
+        UserError: if a key is missing or unexpected, or a shape differs.
+    """
+    expected = model.state_dict()
+    refuse_key_mismatch(where, target, expected.keys() - state.keys(), state.keys() - expected.keys())
+    fitting = dict(state)
+    for name, tensor in state.items():
+        if tensor.numel() == 1 and expected[name].numel() == 1:
+            fitting[name] = tensor.reshape(expected[name].shape)  # logit scales come as scalars and as (1,)
+        elif tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{where} does not fit {target}: {name} is {tuple(tensor.shape)}, "
+                f"expected {tuple(expected[name].shape)}."
+            )
+    model.load_state_dict(fitting, strict=True)
+
+
+def wrap(
+    model: Any, tokenizer: Any, device: torch.device, weight_files: tuple[Path, ...], preprocess: Any = None
+) -> Towers:
+    """Towers around an open_clip model; `preprocess` replaces the model's own evaluation transform."""
+    model = model.float().to(device).eval()
+    config = open_clip.transform.PreprocessCfg(**open_clip.model.get_model_preprocess_cfg(model))
+    transform = preprocess or open_clip.transform.image_transform_v2(config, is_train=False)
+
+    def encode_texts(texts: list[str]) -> EncodedTexts:
+        vectors = model.encode_text(tokenizer(texts).to(device))
+        return EncodedTexts(vectors, _truncated(tokenizer, texts))
+
+    return Towers(
+        preprocess=transform,
+        encode_images=model.encode_image,
+        encode_texts=encode_texts,
+        logit_scale=float(model.logit_scale.detach().exp()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        preprocessing=str(config),
+        weight_files=weight_files,
+    )
+
+
+def _truncated(tokenizer: Any, texts: list[str]) -> list[bool]:
+    if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside
+        lengths = [len(ids) for ids in tokenizer.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    else:
+        lengths = [len(tokenizer.encode(text)) + 2 for text in texts]  # + start and end of text
+    return [length > tokenizer.context_length for length in lengths]
+
+
+def _write_bert_config(weights: Path, folder: Path) -> Path:
+    from transformers import BertConfig
+
+    state = read_checkpoint(weights)
+    prefix = "text.transformer."
+    embeddings = state.get(f"{prefix}embeddings.word_embeddings.weight")
+    if embeddings is None:
+        raise UserError(
+            f"{weights.parent} needs a config.json for its text tower: only BERT's can be read from the weights."
+        )
+    layers = {name.split(".")[4] for name in state if name.startswith(f"{prefix}encoder.layer.")}
+    vocabulary, width = embeddings.shape
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=len(layers),
+        num_attention_heads=max(1, width // 64),  # BERT's heads are 64 wide at every published size
+        intermediate_size=state[f"{prefix}encoder.layer.0.intermediate.dense.weight"].shape[0],
+        max_position_embeddings=state[f"{prefix}embeddings.position_embeddings.weight"].shape[0],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,56 @@
+"""`medvlm-tiny`: the demo's dual encoder, trained on phantoms."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from medvlm_harness.demo.tiny import WEIGHTS_FILE, load_tiny, preprocess
+from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts
+
+__all__ = ["TinyBackend"]
+
+PACKAGED = "packaged"
+
+
+class TinyBackend(DualEncoder):
+    """Takes no checkpoint: its weights come with the package."""
+
+    card: ModelCard = ModelCard(
+        name="medvlm-tiny",
+        family="dual encoder",
+        summary="the demo's model, trained on synthetic phantoms; not a medical model",
+        licence="apache-2.0",
+        trained_on=("synthetic phantoms of other seeds",),
+        preprocessing="grey, 96x96 bilinear, (x / 255 - 0.45) / 0.25",
+    )
+
+    def __init__(self, *, pretrained: str = PACKAGED, **options: Any) -> None:
+        super().__init__(pretrained=pretrained, **options)
+
+    def load(self) -> None:
+        """The packaged weights."""
+        if self.pretrained != PACKAGED:
+            raise UserError(f"medvlm-tiny comes with its weights: leave out pretrained={self.pretrained}.")
+        self.model = load_tiny().to(self.device)
+        self.logit_scale = float(self.model.logit_scale)
+        with as_file(files("medvlm_harness.demo") / WEIGHTS_FILE) as path:
+            self.weight_files = (path,)
+
+    def preprocess(self, image: Image) -> torch.Tensor:
+        """(1, 96, 96)."""
+        return preprocess(image)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 1, 96, 96) -> (n, 64)."""
+        return self.model.encode_images(pixels)
+
+    def encode_texts(self, texts: list[str]) -> EncodedTexts:
+        """(n, 64), and which texts were cut."""
+        ids, truncated = self.model.tokenize(texts)
+        return EncodedTexts(self.model.encode_texts(ids.to(self.device)), truncated.tolist())

@@ -1,0 +1,43 @@
+"""The two towers of a contrastive model as open_clip or transformers build them, behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+
+from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.dual_encoder import EncodedTexts
+
+__all__ = ["Towers", "refuse_key_mismatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Towers:
+    """A loaded model, in evaluation mode and float32."""
+
+    preprocess: Callable[[Image], torch.Tensor]  # -> (channels, height, width)
+    encode_images: Callable[[torch.Tensor], torch.Tensor]  # (n, channels, height, width) -> (n, d)
+    encode_texts: Callable[[list[str]], EncodedTexts]
+    logit_scale: float
+    parameters: int
+    preprocessing: str
+    weight_files: tuple[Path, ...] = ()
+    revision: str | None = None
+
+
+def refuse_key_mismatch(where: str, target: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """A checkpoint must fit exactly: a tower left at random would answer without a word.
+
+    Raises:
+        UserError: naming how many keys do not fit, and the first few.
+    """
+    absent, extra = list(missing), list(unexpected)
+    if absent or extra:
+        sample = ", ".join((extra or absent)[:2])
+        raise UserError(
+            f"{where} does not fit {target}: {len(absent)} keys missing, {len(extra)} unexpected ({sample}...)."
+        )
