@@ -1,0 +1,154 @@
+"""What our tasks and models add to an lm-eval run: refusals before it, details and scores after it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.tracks.contamination import refuse_contaminated, trained_splits
+
+__all__ = ["SCHEMA_VERSION", "MedvlmResults", "evaluate_with_details", "installed_versions", "unsupported_reason"]
+
+SCHEMA_VERSION = 1
+VERSIONS = ("medvlm-harness", "lm_eval", "torch", "transformers", "open_clip_torch", "numpy")
+# What a model of somebody else's can do is known by its methods; a task of somebody else's needs its output type.
+STOCK_REQUESTS = {"multiple_choice": "loglikelihood"}
+
+
+class MedvlmResults(dict[str, Any]):
+    """lm-eval's results, with the scores that are written beside them but never into them."""
+
+    scores: list[dict[str, Any]]
+
+
+def evaluate_with_details(
+    evaluate: Callable[..., Any], lm: Any, task_dict: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run lm-eval's `evaluate` on what the model can do; a run without ours passes through untouched.
+
+    Raises:
+        UserError: if nothing asked for is supported, a split is contaminated, or --metadata has an unknown key.
+    """
+    if "tasks" not in task_dict:  # the nested form of lm-eval's older API
+        from lm_eval.evaluator_utils import _handle_back_comp
+
+        groups, flat = _handle_back_comp(task_dict)
+        task_dict = {"tasks": flat, "groups": groups}
+    tasks: dict[str, Any] = task_dict["tasks"]
+    ours = {name: task for name, task in tasks.items() if getattr(task, "is_medvlm", False)}
+    if not ours and not hasattr(lm, "CAPABILITIES"):
+        return evaluate(lm, task_dict, *args, **kwargs)
+    if ours and kwargs.get("cache_requests"):
+        raise UserError("--cache_requests keeps requests whatever data they came from: leave it out for these tasks.")
+    refused = {name: reason for name, task in tasks.items() if (reason := unsupported_reason(lm, task)) is not None}
+    if tasks and len(refused) == len(tasks):
+        raise UserError("The model can do none of the tasks: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
+    running = {name: task for name, task in ours.items() if name not in refused}
+    contamination = {name: _check(task, lm) for name, task in running.items()}
+    supported = {name: task for name, task in tasks.items() if name not in refused}
+    results = evaluate(lm, {**task_dict, "tasks": supported}, *args, **kwargs)
+    if results is None:  # not the first process
+        return None
+    full = MedvlmResults(results)
+    for name, reason in refused.items():
+        _add_refused(full, name, tasks[name], reason)
+    full["medvlm"] = {
+        "schema_version": SCHEMA_VERSION,
+        "versions": installed_versions(),
+        "model": _describe(lm),
+        "tasks": {name: _details(task, contamination[name]) for name, task in running.items()},
+        "unsupported": refused,
+    }
+    full.scores = [record for task in running.values() for record in task.score_records(task.rows)]
+    return full
+
+
+def unsupported_reason(lm: Any, task: Any) -> str | None:
+    """Why a model cannot do a task; None if it can, as far as can be known before asking."""
+    if getattr(task, "is_medvlm", False):
+        needs = set(task.NEEDS)
+    else:
+        output_type = str(getattr(task, "OUTPUT_TYPE", ""))
+        needs = {STOCK_REQUESTS.get(output_type, output_type)}
+    capabilities = getattr(lm, "CAPABILITIES", None)
+    if capabilities is None:
+        missing = {need for need in needs if not hasattr(lm, need.partition(":")[0])}
+    else:
+        missing = needs - capabilities
+    if not missing:
+        return None
+    name = getattr(getattr(lm, "card", None), "name", type(lm).__name__)
+    return f"{name} cannot {' and '.join(map(_in_words, sorted(missing)))}"
+
+
+def _in_words(capability: str) -> str:
+    """`embed:image` as "embed images"."""
+    request, _, kind = capability.partition(":")
+    return f"{request} {kind}s" if kind else request
+
+
+def _check(task: Any, lm: Any) -> dict[str, Any]:
+    """Refuse unknown --metadata keys and contaminated splits; what is known of contamination otherwise."""
+    if hasattr(lm, "options"):
+        known = task.RUNTIME_KEYS | lm.options()
+        for key in sorted(task.metadata_keys - known):
+            raise UserError(
+                f"{task.task_name}: unknown key {key!r} in --metadata.{near_matches(key, task.RUNTIME_KEYS)}"
+            )
+    card = getattr(lm, "card", None)
+    trained_on = getattr(card, "trained_on", None)
+    if trained_on is None:
+        return {"trained_on": None, "splits_seen": None, "note": "nothing is known of this model's training data"}
+    names = (task.declared["dataset"], *task.declared.get("aliases", ()))
+    scheme = task.data.manifest.policies.get("split_scheme")
+    seen = trained_splits(trained_on, names=names, split_scheme=scheme)
+    allowed = bool(task.runtime.get("allow_contaminated", False))
+    refuse_contaminated(task.task_name, task.splits, seen, model=getattr(card, "name", "the model"), allowed=allowed)
+    contaminated = sorted(seen.intersection(task.splits))
+    return {
+        "trained_on": list(trained_on),
+        "splits_seen": sorted(seen),
+        "note": f"scored on {', '.join(contaminated)}, which it was trained on" if contaminated else None,
+    }
+
+
+def _details(task: Any, contamination: Mapping[str, Any]) -> dict[str, Any]:
+    estimates = task.estimates(task.rows)
+    return {
+        **task.details(),
+        "contamination": dict(contamination),
+        "metrics": {name: estimate.to_dict() for name, estimate in estimates.items()},
+    }
+
+
+def _describe(lm: Any) -> dict[str, Any]:
+    if hasattr(lm, "describe"):
+        description: dict[str, Any] = lm.describe()
+        return description
+    return {"class": type(lm).__name__, "card": None}
+
+
+def _add_refused(results: dict[str, Any], name: str, task: Any, reason: str) -> None:
+    """A row that says why, and the entries that lm-eval's command line looks up for every task."""
+    results["results"][name] = {"name": name, "alias": name, "sample_len": 0, "unsupported,none": reason}
+    results["configs"][name] = task.dump_config()
+    results["versions"][name] = task.VERSION
+    results["n-shot"][name] = 0
+    results["higher_is_better"][name] = {}
+    results["n-samples"][name] = {"original": 0, "effective": 0}
+    if "samples" in results:
+        results["samples"][name] = []
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Version of Python and of the packages that numbers depend on; None where one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions

@@ -1,0 +1,64 @@
+"""scores.parquet: what the model answered, per study, image and label; ids and numbers, no pixels and no vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medvlm_harness.errors import UserError
+
+__all__ = ["SCHEMA", "name_folder", "write_beside_results", "write_scores"]
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("study", pa.string()),
+        ("patient", pa.string()),
+        ("image", pa.string()),  # file, relative to the data set's image root
+        ("split", pa.string()),
+        ("label", pa.string()),  # the label, or the direction of a search: i2t, t2i
+        ("target", pa.int8()),  # 1, 0; null where unlabelled or left out
+        ("margin", pa.float64()),
+        ("probability", pa.float64()),
+        ("rank", pa.float64()),  # expected rank of the study's own counterpart, from 1
+    ]
+)
+
+
+def write_scores(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(pa.Table.from_pylist(list(records), schema=SCHEMA), partial, compression="zstd")
+    partial.replace(path)
+
+
+def name_folder(tracker: Any, results: Mapping[str, Any]) -> None:
+    """Name the output folder after the model where lm-eval, which looks for `pretrained=`, draws random letters."""
+    config = tracker.general_config_tracker
+    card = results["medvlm"]["model"].get("card")
+    if card is not None and type(config)._get_model_name(results["config"]["model_args"]) is None:
+        config.model_name = config.model_name_sanitized = card["name"]
+
+
+def write_beside_results(tracker: Any, records: Sequence[dict[str, Any]]) -> Path:
+    """Write `run_<date>/scores.parquet` beside lm-eval's `results_<date>.json`: a later run never overwrites it.
+
+    Raises:
+        UserError: if lm-eval could not write its results there (it says so only in its log).
+    """
+    output, date = Path(tracker.output_path), tracker.date_id
+    if output.suffix == ".json":
+        folder, results = output.parent, output.with_name(f"{output.stem}_{date}.json")
+    else:
+        folder = output / tracker.general_config_tracker.model_name_sanitized
+        results = folder / f"results_{date}.json"
+    if not results.is_file():
+        raise UserError(f"The results could not be written to {results}: is the folder writable?")
+    path = folder / f"run_{date}" / "scores.parquet"
+    write_scores(path, records)
+    return path

@@ -1,0 +1,285 @@
+"""What all tracks share: reading the declaration, finding the data, and turning rows into estimates for lm-eval."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.config.task import TaskConfig
+from lm_eval.filters import build_filter_ensemble
+
+from medvlm_harness.data.locate import find_dataset
+from medvlm_harness.data.records import Dataset, Image, Study
+from medvlm_harness.data.splits import parse_splits
+from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.metrics.estimate import Estimate
+from medvlm_harness.requests import Capability, ImageRef
+
+__all__ = ["MedicalTask", "Metric", "Row"]
+
+_log = logging.getLogger("lm_eval.medvlm")
+
+COMMON_KEYS = frozenset({"dataset", "hub", "aliases", "split", "label_source"})
+LABEL_SOURCE_ORDER = ("chexpert_labeler", "rules", "template", "mesh")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one document contributes to every metric of its task; logged by its study's id alone."""
+
+    study_id: str
+    image: str
+
+    def __str__(self) -> str:
+        return self.study_id
+
+
+class Metric:
+    """One metric of a task, as lm-eval's aggregation: rows in, the value out, with a standard error of its own."""
+
+    def __init__(self, name: str, estimates: Callable[[Sequence[Any]], Mapping[str, Estimate]]) -> None:
+        self.name = name
+        self._estimates = estimates
+
+    def __call__(self, rows: Sequence[Any]) -> float:
+        """The value; NaN where it is undefined."""
+        return float(self._estimates(rows)[self.name].value)
+
+    def stderr(self, rows: Sequence[Any]) -> float:
+        """Standard error, which lm-eval's table prints behind the value."""
+        return float(self._estimates(rows)[self.name].stderr)
+
+
+class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
+    """A benchmark track over the record schema.
+
+    A subclass names its request type, the capabilities it needs and the YAML keys it reads, and implements documents,
+    requests, rows and estimates. It is constructed without touching any data; the data set is found at first use.
+    """
+
+    is_medvlm = True
+    OUTPUT_TYPE: ClassVar[str]
+    NEEDS: ClassVar[frozenset[Capability]]
+    KEYS: ClassVar[frozenset[str]] = COMMON_KEYS
+    # What --metadata may say at run time; each is also a key of the YAML or of the run.
+    RUNTIME_KEYS: ClassVar[frozenset[str]] = frozenset(
+        {"split", "label_source", "data_dir", "allow_contaminated", "hub_id", "revision"}
+    )
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        declared = dict(config)
+        self.source_class = declared.pop("class", None)
+        name = str(declared.pop("task"))
+        alias = declared.pop("task_alias", None)
+        metadata = dict(declared.pop("metadata", None) or {})
+        for key in declared:
+            if key not in self.KEYS:
+                raise UserError(f"{name}: unknown key {key!r}.{near_matches(key, self.KEYS)}")
+        # lm-eval merges --metadata and the model's arguments into the YAML's metadata, so the YAML's own part (which
+        # alone is ours to write into results) is read again from the keys that a declaration may have there.
+        self.VERSION = metadata.get("version")
+        self.runtime = {key: metadata[key] for key in self.RUNTIME_KEYS if key in metadata}
+        self.metadata_keys = frozenset(metadata) - {"version", "config_source"}
+        self.declared = declared
+        self._config = TaskConfig(
+            task=name, task_alias=alias, output_type=self.OUTPUT_TYPE, num_fewshot=0, metadata={"version": self.VERSION}
+        )
+        self._filters = [build_filter_ensemble("none", [["take_first", None]])]
+        self._instances: list[Instance] | None = None
+        self._computed: tuple[tuple[int, ...], Mapping[str, Estimate]] | None = None
+        self.rows: Sequence[Any] = ()
+        self.fewshot_rnd = None
+        if not isinstance(declared.get("dataset"), str):
+            raise UserError(f"{name}: expected `dataset:` to name a prepared set, but got {declared.get('dataset')!r}.")
+        self.read_declaration()
+
+    # --- for subclasses
+
+    @abstractmethod
+    def read_declaration(self) -> None:
+        """Check and keep what this track reads from `self.declared`; touches no data."""
+
+    @abstractmethod
+    def make_documents(self) -> Iterable[dict[str, Any]]:
+        """The documents of the chosen splits: plain JSON values, ids and hashes, no text and no pixels."""
+
+    @abstractmethod
+    def metric_names(self) -> tuple[str, ...]:
+        """Every metric that each document contributes to, the same for all documents and processes."""
+
+    @abstractmethod
+    def estimate(self, rows: Sequence[Any]) -> Mapping[str, Estimate]:
+        """All metrics of the task from its rows (sorted by study and image)."""
+
+    @abstractmethod
+    def score_records(self, rows: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """The rows of scores.parquet."""
+
+    def details(self) -> dict[str, Any]:
+        """What the results file says of this task beside its metrics."""
+        manifest = self.data.manifest
+        return {
+            "dataset": {
+                "name": manifest.name,
+                "source": manifest.source,
+                "sha256": self.data.sha256,
+                "revision": manifest.revision,
+                "licence": manifest.licence,
+                "policies": dict(manifest.policies),
+            },
+            "split": "+".join(self.splits),
+            "version": self.VERSION,
+            "documents": len(self.documents),
+            "scored": len(self.rows),  # fewer under --limit or --samples
+        }
+
+    # --- data
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The prepared set: from --metadata data_dir, MEDVLM_DATA, the user cache, or the Hub."""
+        hub = dict(self.declared.get("hub") or {})
+        hub |= {"id": self.runtime["hub_id"]} if "hub_id" in self.runtime else {}
+        hub |= {"revision": self.runtime["revision"]} if "revision" in self.runtime else {}
+        return find_dataset(self.declared["dataset"], data_dir=self.runtime.get("data_dir"), hub=hub or None)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits asked for: by --metadata, else by the YAML, else test."""
+        return parse_splits(str(self.runtime.get("split", self.declared.get("split", "test"))))
+
+    @cached_property
+    def studies(self) -> tuple[Study, ...]:
+        """The studies of the chosen splits, sorted by id.
+
+        Raises:
+            UserError: if there are none.
+        """
+        chosen = tuple(study for study in self.data.studies if study.split in self.splits)
+        if not chosen:
+            have = sorted({study.split for study in self.data.studies})
+            raise UserError(
+                f"{self.task_name}: no study of {self.data.manifest.name} is in split {'+'.join(self.splits)} "
+                f"(it has {', '.join(have)})."
+            )
+        return chosen
+
+    @property
+    def label_source(self) -> str:
+        """The source whose labels are the truth: asked for, else the first prepared one of a fixed order."""
+        prepared = self.data.manifest.label_sources
+        asked = self.runtime.get("label_source", self.declared.get("label_source"))
+        if asked is not None:
+            if asked not in prepared:
+                raise UserError(
+                    f"{self.task_name}: expected label_source to be one of {', '.join(prepared)}, but got {asked!r}."
+                )
+            return str(asked)
+        ordered = [source for source in LABEL_SOURCE_ORDER if source in prepared] or list(prepared)
+        if not ordered:
+            raise UserError(f"{self.task_name}: {self.data.manifest.name} was prepared without labels: use --labels.")
+        return ordered[0]
+
+    @property
+    def other_sources(self) -> tuple[str, ...]:
+        """The prepared label sources that the same scores are also evaluated against."""
+        return tuple(source for source in self.data.manifest.label_sources if source != self.label_source)
+
+    def image_ref(self, image_sha256: str, file: str) -> ImageRef:
+        """The request argument for an image of this task's data set."""
+        return ImageRef(image_sha256, self.data.path(Image(file, image_sha256)))
+
+    # --- what lm-eval calls
+
+    @cached_property
+    def documents(self) -> list[dict[str, Any]]:
+        """The documents, made once.
+
+        Raises:
+            UserError: if the chosen splits hold none that this task can use.
+        """
+        documents = list(self.make_documents())
+        if not documents:
+            raise UserError(
+                f"{self.task_name}: nothing to score in split {'+'.join(self.splits)} of {self.data.manifest.name}: "
+                f"its {len(self.studies)} studies have images of these views: {self._views() or 'none'}."
+            )
+        return documents
+
+    def _views(self) -> str:
+        views = Counter(image.view or "unknown" for study in self.studies for image in study.images)
+        return ", ".join(f"{view} {count}" for view, count in sorted(views.items()))
+
+    def test_docs(self) -> list[dict[str, Any]]:
+        """The documents of the chosen splits."""
+        return self.documents
+
+    def has_test_docs(self) -> bool:
+        """True: the chosen splits are lm-eval's test documents."""
+        return True
+
+    def has_training_docs(self) -> bool:
+        """False: no few-shot examples."""
+        return False
+
+    has_validation_docs = has_training_docs
+
+    def fewshot_context(self, doc: Mapping[str, Any], **_: Any) -> str:
+        """Nothing: these request types take no context."""
+        return ""
+
+    def doc_to_text(self, doc: Mapping[str, Any]) -> str:
+        """The study's id, for --write_out."""
+        return str(doc["study_id"])
+
+    def doc_to_target(self, doc: Mapping[str, Any]) -> Any:
+        """The truth as logged."""
+        return doc.get("target")
+
+    def process_results(self, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+        """One row, under every metric's name."""
+        return dict.fromkeys(self.metric_names(), self.make_row(doc, results))
+
+    @abstractmethod
+    def make_row(self, doc: Mapping[str, Any], results: Sequence[Any]) -> Any:
+        """The row of one document from the responses to its requests."""
+
+    def estimates(self, rows: Sequence[Any]) -> Mapping[str, Estimate]:
+        """All metrics, computed once for a set of rows whatever their order (processes return them interleaved)."""
+        key = tuple(sorted(map(id, rows)))
+        if self._computed is None or self._computed[0] != key:
+            ordered = sorted(rows, key=lambda row: (row.study_id, row.image))
+            self._computed = (key, self.estimate(ordered))
+            self.rows = ordered
+        return self._computed[1]
+
+    def aggregation(self) -> dict[str, Metric]:
+        """Metric name -> aggregation with a standard error of its own."""
+        return {name: Metric(name, self.estimates) for name in self.metric_names()}
+
+    def higher_is_better(self) -> dict[str, bool]:
+        """Metric name -> direction."""
+        return {name: not name.endswith("median_rank") for name in self.metric_names()}
+
+    def override_metric(self, metric_name: str) -> None:
+        """Asked for by --predict_only, which these tasks do not honour: their metrics cost nothing beside the model."""
+        _log.warning("%s: --predict_only is ignored: metrics are computed all the same.", self.task_name)
+
+    def dump_config(self) -> dict[str, Any]:
+        """The declaration as run; of the metadata only what the YAML itself holds."""
+        return {
+            "task": self.task_name,
+            "class": type(self).__name__,
+            **{key: value for key, value in self.declared.items() if key != "hub"},
+            "split": "+".join(self.splits),
+            "num_fewshot": 0,
+            "output_type": self.OUTPUT_TYPE,
+            "metadata": {"version": self.VERSION},
+        }

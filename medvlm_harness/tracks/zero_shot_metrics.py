@@ -1,0 +1,183 @@
+"""The estimates of a zero-shot task from truth, scores and study ids: values, intervals, floors, supports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvlm_harness.metrics.auroc_interval import auroc_interval
+from medvlm_harness.metrics.bootstrap import bootstrap_estimate, percentile_interval, resample, standard_error
+from medvlm_harness.metrics.classification import weighted_accuracy, weighted_balanced_accuracy
+from medvlm_harness.metrics.estimate import Estimate
+from medvlm_harness.metrics.ranking import auroc, average_precision, weighted_auroc, weighted_average_precision
+
+__all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "multiclass", "multilabel"]
+
+Array = NDArray[np.float64]
+MINIMUM_SUPPORT = 10  # labels with fewer positives or negatives are shown, and left out of macros
+MULTICLASS = ("accuracy", "balanced_accuracy", "auroc")
+NORMAL_975 = 1.959964
+INTERVAL = "Newcombe's method 5 scaled by the DeLong variance over studies, Student's t"
+
+
+def multilabel(
+    y_true: Array,
+    margin: Array,
+    studies: Sequence[str],
+    *,
+    keys: Sequence[str],
+    subsets: Mapping[str, Sequence[int]],
+    findings: Sequence[int] | None,
+    others: Mapping[str, Array],
+) -> dict[str, Estimate]:
+    """Every metric of a multilabel task.
+
+    Args:
+        y_true: 1, 0, or NaN where unlabelled or left out, shape (n, labels).
+        margin: scores that rank, shape (n, labels).
+        studies: the study of each row, (n,).
+        keys: the labels' names in metric names, (labels,).
+        subsets: name -> columns, each a macro AUROC of its own.
+        findings: columns whose absence makes No Finding; None: not asked for.
+        others: truth of other label sources, each (n, labels).
+    """
+    ids = np.asarray(studies)
+    everything = range(len(keys))
+    macro = _Macro(y_true, margin, ids, keys)
+    estimates = {"auroc": macro.auroc(everything)}
+    estimates |= {f"auroc_{name}": macro.auroc(columns, complete=True) for name, columns in subsets.items()}
+    estimates["average_precision"] = macro.average_precision(everything)
+    for j, key in enumerate(keys):
+        estimates[f"auroc_{key}"] = _single(y_true[:, j], margin[:, j], ids)
+    if findings is not None:
+        absent, score = _no_finding(y_true[:, findings], margin[:, findings])
+        estimates["auroc_no_finding"] = _single(absent, score, ids)
+    for source, truth in others.items():
+        estimates[f"auroc@{source}"] = _Macro(truth, margin, ids, keys).auroc(everything)
+    return estimates
+
+
+def multiclass(y_true: Array, probability: Array, margin: Array, studies: Sequence[str]) -> dict[str, Estimate]:
+    """Accuracy, balanced accuracy and one-against-rest AUROC of a multiclass task.
+
+    Args:
+        y_true: one-hot, shape (n, options).
+        probability: rows that sum to 1, shape (n, options); the largest is the answer.
+        margin: log-odds of each option, shape (n, options).
+        studies: the study of each row, (n,).
+    """
+    ids = np.asarray(studies)
+    truth, answer = y_true.argmax(axis=1), probability.argmax(axis=1)
+    share = np.bincount(truth, minlength=y_true.shape[1]) / len(truth)
+    present = int((share > 0).sum())
+    return {
+        "accuracy": bootstrap_estimate(
+            lambda weights: weighted_accuracy(truth, answer, weights), ids, floor=float(share.max()), ceiling=1.0
+        ),
+        "balanced_accuracy": bootstrap_estimate(
+            lambda weights: weighted_balanced_accuracy(truth, answer, weights), ids, floor=1 / present, ceiling=1.0
+        ),
+        "auroc": _Macro(y_true, margin, ids, [str(k) for k in range(y_true.shape[1])]).auroc(range(y_true.shape[1])),
+    }
+
+
+class _Macro:
+    """Means over labels, from one set of resamples: each label's AUROC and average precision in every resample."""
+
+    def __init__(self, y_true: Array, score: Array, studies: NDArray[np.str_], keys: Sequence[str]) -> None:
+        self.keys, self.n = keys, len(studies)
+        self.known = ~np.isnan(y_true)
+        self.positives = np.where(self.known, y_true, 0).sum(axis=0).astype(int)
+        negatives = self.known.sum(axis=0) - self.positives
+        self.enough = (self.positives >= MINIMUM_SUPPORT) & (negatives >= MINIMUM_SUPPORT)
+        self.prevalence = self.positives / np.maximum(self.known.sum(axis=0), 1)
+        columns = [(y_true[k, j], score[k, j], k) for j, k in enumerate(self.known.T)]
+        self.values = {
+            "auroc": np.array([auroc(y, s) for y, s, _ in columns]),
+            "ap": np.array([average_precision(y, s) for y, s, _ in columns]),
+        }
+
+        def statistic(weights: NDArray[np.int32]) -> Array:
+            areas = [weighted_auroc(y, s, weights[:, k]) for y, s, k in columns]
+            precisions = [weighted_average_precision(y, s, weights[:, k]) for y, s, k in columns]
+            return np.stack([np.stack(areas, axis=1), np.stack(precisions, axis=1)], axis=1)
+
+        samples = resample(statistic, studies)  # (resamples, 2, labels)
+        self.samples = {"auroc": samples[:, 0], "ap": samples[:, 1]}
+
+    def auroc(self, columns: Sequence[int], *, complete: bool = False) -> Estimate:
+        """Macro AUROC over the columns with enough support; `complete` says when one is missing."""
+        return self._mean("auroc", columns, floor=lambda used: 0.5, complete=complete)
+
+    def average_precision(self, columns: Sequence[int]) -> Estimate:
+        """Macro average precision; its floor is the mean prevalence."""
+        return self._mean("ap", columns, floor=lambda used: float(self.prevalence[used].mean()), complete=False)
+
+    def _mean(
+        self, what: str, columns: Sequence[int], *, floor: Callable[[list[int]], float], complete: bool
+    ) -> Estimate:
+        used = [j for j in columns if self.enough[j]]
+        left_out = {self.keys[j]: int(self.positives[j]) for j in columns if not self.enough[j]}
+        listed = ", ".join(f"{key} ({count})" for key, count in left_out.items())
+        if not used:
+            nothing = Estimate.undefined(f"no label has {MINIMUM_SUPPORT} positives and negatives", n=self.n)
+            return replace(nothing, extra={"labels": [], "left_out_positives": left_out})
+        samples = self.samples[what][:, used]
+        defined = ~np.isnan(samples)
+        counts = defined.sum(axis=1)
+        means = np.divide(
+            np.where(defined, samples, 0).sum(axis=1), counts, out=np.full(len(samples), np.nan), where=counts > 0
+        )
+        low, high, undefined = percentile_interval(means)
+        return Estimate(
+            value=float(self.values[what][used].mean()),
+            stderr=standard_error(means),
+            ci95=(low, high),
+            n=self.n,
+            floor=floor(used),
+            ceiling=1.0,
+            method=f"mean over labels; bootstrap over studies, {len(samples)} resamples, percentile",
+            reason=f"incomplete: fewer than {MINIMUM_SUPPORT} positives in {listed}" if complete and left_out else None,
+            extra={
+                "labels": [self.keys[j] for j in used],
+                "left_out_positives": left_out,
+                "undefined_resamples": undefined,
+            },
+        )
+
+
+def _single(y_true: Array, score: Array, studies: NDArray[np.str_]) -> Estimate:
+    """AUROC of one label with an interval that keeps its coverage at few positives."""
+    known = ~np.isnan(y_true)
+    y, s = y_true[known], score[known]
+    positives = int(y.sum())
+    if positives in (0, len(y)):
+        return Estimate.undefined("only one class among the labelled images", n=len(y), positives=positives)
+    value, stderr, low, high = auroc_interval(y, s, clusters=studies[known])
+    if np.isnan(
+        stderr
+    ):  # DeLong's variance is 0 or unknown, which says little at few positives; the interval knows more
+        stderr = (high - low) / (2 * NORMAL_975)
+    few = positives < MINIMUM_SUPPORT or len(y) - positives < MINIMUM_SUPPORT
+    return Estimate(
+        value=value,
+        stderr=stderr,
+        ci95=(low, high),
+        n=len(y),
+        positives=positives,
+        floor=0.5,
+        ceiling=1.0,
+        method=INTERVAL,
+        reason=f"fewer than {MINIMUM_SUPPORT} positives or negatives: left out of macros" if few else None,
+        extra={"average_precision": average_precision(y, s), "prevalence": positives / len(y)},
+    )
+
+
+def _no_finding(y_true: Array, margin: Array) -> tuple[Array, Array]:
+    """No Finding as 1 - max over the findings; unknown where none is positive and one is unknown."""
+    any_positive = (y_true == 1).any(axis=1)
+    unknown = np.isnan(y_true).any(axis=1) & ~any_positive
+    return np.where(unknown, np.nan, 1.0 - any_positive), -margin.max(axis=1)
