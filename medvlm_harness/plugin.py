@@ -1,0 +1,271 @@
+"""How lm-eval finds us: the one file that knows lm-eval's registries.
+
+`medvlm_harness.pth` calls `autoload()` at every start of Python, so nothing but `sys` is imported up here. It installs
+a finder that, when one of lm-eval's modules below is imported, runs that module and then one small patch:
+
+    lm_eval.models                      register our model names, lazily
+    lm_eval.tasks._index                add our task folder; check the YAML of folders that users include
+    lm_eval.evaluator                   refuse what a model cannot do; add our details to the results
+    lm_eval.evaluator_utils             let an aggregation bring its own standard error
+    lm_eval.utils                       print intervals, floors and ceilings below lm-eval's table
+    lm_eval.loggers.evaluation_tracker  write scores.parquet beside the results
+    lm_eval._cli.harness                print a UserError as one line, exit status 2
+
+A failing patch prints one line and lm-eval goes on. MEDVLM_NO_AUTOLOAD=1 turns all of it off.
+"""
+
+import sys
+
+TYPE_CHECKING = False  # typing's own costs an import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from importlib.machinery import ModuleSpec
+    from pathlib import Path
+    from types import ModuleType
+    from typing import Any
+
+    Patch = Callable[[Any], None]
+
+__all__ = ["autoload", "install", "is_active", "model_targets", "scope", "tasks_folder"]
+
+
+class _Scope:
+    """Which tasks are indexed: lm-eval's own (not under `medvlm run`), and further folders of the user."""
+
+    builtin_tasks = True
+    include_paths: "tuple[Path, ...]" = ()
+
+
+scope = _Scope()
+
+
+def autoload() -> None:
+    """Install the finder unless MEDVLM_NO_AUTOLOAD is set. Never raises."""
+    os = sys.modules.get("os")  # site has imported it
+    if os is not None and os.environ.get("MEDVLM_NO_AUTOLOAD", "") in ("", "0"):
+        _install_finder()
+
+
+def install() -> None:
+    """Install the finder, and patch what is imported already: for notebooks, `medvlm` and `python -S`."""
+    _install_finder()
+    for name, patch in _PATCHES.items():
+        if name in sys.modules:
+            _apply(patch, sys.modules[name])
+
+
+def is_active() -> bool:
+    """Whether the finder is installed in this process."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
+def _install_finder() -> None:
+    if not is_active():
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder:
+    """Finds the modules to patch through the other finders, and runs the patch after the module."""
+
+    def __init__(self) -> None:
+        self.busy: set[str] = set()
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+        if name not in _PATCHES or name in self.busy:
+            return None
+        from importlib.util import find_spec
+
+        self.busy.add(name)  # find_spec below asks this finder again
+        try:
+            spec = find_spec(name)
+        finally:
+            self.busy.discard(name)
+        if spec is not None and spec.loader is not None:
+            _wrap_loader(spec.loader, _PATCHES[name])
+        return spec
+
+
+def _wrap_loader(loader: "Any", patch: "Patch") -> None:
+    run = loader.exec_module
+
+    def exec_module(module: "ModuleType") -> None:
+        module.__dict__.pop("__medvlm_patches__", None)  # a reload defines anew what was patched
+        run(module)
+        _apply(patch, module)
+
+    loader.exec_module = exec_module
+
+
+def _apply(patch: "Patch", module: "ModuleType") -> None:
+    applied = module.__dict__.setdefault("__medvlm_patches__", set())
+    if patch.__name__ in applied:
+        return
+    applied.add(patch.__name__)
+    try:
+        patch(module)
+    except Exception as error:  # noqa: BLE001  # whatever a future lm-eval moves, lm-eval itself must go on
+        sys.stderr.write(f"medvlm-harness: {patch.__name__} does not fit this lm-eval ({error!r}); going on without.\n")
+
+
+def _register_models(module: "Any") -> None:
+    from lm_eval.api import registry
+
+    if hasattr(registry, "load_plugins"):
+        return  # a newer lm-eval reads our entry points itself
+    for name, target in model_targets().items():
+        if name not in registry.model_registry:
+            registry.model_registry.register(name, target=target)
+
+
+def model_targets() -> dict[str, str]:
+    """Model name -> "module:class", from our own entry points (another package's broken ones must not matter)."""
+    from importlib.metadata import distribution
+
+    points = distribution("medvlm-harness").entry_points
+    return {point.name: point.value for point in points if point.group == "lm_eval.models"}
+
+
+def tasks_folder() -> "Path":
+    """The folder of the packaged task YAML."""
+    from importlib.resources import files
+    from pathlib import Path
+
+    return Path(str(files("medvlm_harness.tasks")))
+
+
+def _add_tasks(module: "Any") -> None:
+    from functools import wraps
+    from pathlib import Path
+
+    index = module.TaskIndex
+    build = index.build
+    builtin = Path(str(sys.modules["lm_eval.tasks"].__file__)).parent  # its __init__ is running: we are in its import
+
+    @wraps(build)
+    def with_ours(paths: "Iterable[Any]", **options: "Any") -> "Any":
+        from medvlm_harness.tracks.declarations import check_folder
+
+        # One folder under two spellings would be indexed twice, and warn of each task that it overrides itself.
+        given = {Path(path).resolve(): Path(path) for path in (*paths, *scope.include_paths)}
+        ours = tasks_folder()
+        users = [path for real, path in given.items() if real not in (builtin.resolve(), ours.resolve())]
+        for folder in users:
+            check_folder(folder)
+        defaults = [builtin, ours] if builtin.resolve() in given else []
+        if not scope.builtin_tasks:
+            defaults = [ours]
+        return build([*defaults, *users, *([ours] if ours.resolve() in given and not defaults else [])], **options)
+
+    index.build = staticmethod(with_ours)
+
+
+def _wrap_evaluate(module: "Any") -> None:
+    from functools import wraps
+
+    evaluate = module.evaluate
+
+    @wraps(evaluate)
+    def with_details(lm: "Any", task_dict: "Any", *args: "Any", **kwargs: "Any") -> "Any":
+        from medvlm_harness.results.run import evaluate_with_details
+
+        return evaluate_with_details(evaluate, lm, task_dict, *args, **kwargs)
+
+    module.evaluate = with_details
+
+
+def _own_stderr(module: "Any") -> None:
+    stderr_for_metric = module.stderr_for_metric
+
+    def ours_first(metric: "Any", bootstrap_iters: int) -> "Any":
+        own = getattr(metric, "stderr", None)
+        return own if callable(own) else stderr_for_metric(metric=metric, bootstrap_iters=bootstrap_iters)
+
+    module.stderr_for_metric = ours_first
+
+
+def _extend_table(module: "Any") -> None:
+    from functools import wraps
+
+    make_table = module.make_table
+
+    @wraps(make_table)
+    def with_intervals(result_dict: "Any", column: str = "results", *args: "Any", **options: "Any") -> str:
+        table: str = make_table(result_dict, column, *args, **options)
+        if column != "results" or "medvlm" not in result_dict:
+            return table
+        from medvlm_harness.results.table import interval_table
+
+        return f"{table}\n{interval_table(result_dict['medvlm'])}"
+
+    module.make_table = with_intervals
+
+
+def _write_scores(module: "Any") -> None:
+    from functools import wraps
+
+    tracker = module.EvaluationTracker
+    save = tracker.save_results_aggregated
+
+    @wraps(save)
+    def with_scores(self: "Any", results: "Any", samples: "Any" = None) -> None:
+        ours = self.output_path and getattr(results, "scores", None)
+        if not ours:
+            save(self, results=results, samples=samples)
+            return
+        from medvlm_harness.results.scores import name_folder, write_beside_results
+
+        name_folder(self, results)
+        save(self, results=results, samples=samples)
+        write_beside_results(self, results.scores)
+
+    tracker.save_results_aggregated = with_scores
+
+
+def _one_line_errors(module: "Any") -> None:
+    from functools import wraps
+
+    execute = module.HarnessCLI.execute
+
+    @wraps(execute)
+    def with_one_line(self: "Any", args: "Any") -> None:
+        from medvlm_harness.errors import UserError
+
+        try:
+            execute(self, args)
+        except ValueError as error:
+            import os
+
+            message = str(error) if isinstance(error, UserError) else _misspelt(str(error))
+            if message is None or os.environ.get("MEDVLM_DEBUG", "") not in ("", "0"):
+                raise
+            sys.stderr.write(f"error: {message}\n")
+            sys.exit(2)
+
+    module.HarnessCLI.execute = with_one_line
+
+
+def _misspelt(message: str) -> "str | None":
+    """What lm-eval's error on an unknown name means if that is nearly one of ours; None if it is not our business."""
+    from medvlm_harness.errors import near_matches
+    from medvlm_harness.tracks.declarations import declared_names
+
+    for start, what, names in (
+        ("Tasks not found: ", "task", lambda: declared_names(tasks_folder())),
+        ("Attempted to load model '", "model", model_targets),
+    ):
+        if message.startswith(start):
+            name = message.removeprefix(start).partition("'")[0].partition(",")[0]
+            meant = near_matches(name, names())
+            return f"Unknown {what} {name!r}.{meant}" if "Did you mean" in meant else None
+    return None
+
+
+_PATCHES = {
+    "lm_eval.models": _register_models,
+    "lm_eval.tasks._index": _add_tasks,
+    "lm_eval.evaluator": _wrap_evaluate,
+    "lm_eval.evaluator_utils": _own_stderr,
+    "lm_eval.utils": _extend_table,
+    "lm_eval.loggers.evaluation_tracker": _write_scores,
+    "lm_eval._cli.harness": _one_line_errors,
+}
