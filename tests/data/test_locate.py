@@ -106,8 +106,10 @@ def test_a_hub_copy_is_read_into_the_cache_once(tmp_path: Path, monkeypatch: pyt
 def test_the_demo_set_is_made_where_it_is_missing(kaggle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
 
-    def prepare_demo(folder: Path) -> None:
-        made.append(prepared(kaggle_folder, folder))
+    def prepare_demo(folder: Path) -> Path:  # keeps what is there, as the real one does
+        if folder not in made:
+            made.append(prepared(kaggle_folder, folder))
+        return folder
 
     module = ModuleType("medvlm_harness.demo.generate")
     module.prepare_demo = prepare_demo  # type: ignore[attr-defined]
