@@ -38,7 +38,7 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
         super().__init__()
         self.batch_size = _batch_size(batch_size)
         if max_batch_size is not None:
-            self.batch_size = min(self.batch_size, int(max_batch_size))
+            self.batch_size = min(self.batch_size, _batch_size(max_batch_size, "max_batch_size"))
 
     # --- what it can do
 
@@ -119,13 +119,13 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
 
-def _batch_size(value: int | str | None) -> int:
+def _batch_size(value: int | str | None, name: str = "batch_size") -> int:
     if value is None or (isinstance(value, str) and value.startswith("auto")):
         return DEFAULT_BATCH_SIZE
     try:
-        size = int(value)
+        size = float(value)
     except ValueError:
         size = 0
-    if size < 1:
-        raise UserError(f"Expected batch_size to be a positive integer or auto, but got {value!r}.")
-    return size
+    if size < 1 or size != int(size):
+        raise UserError(f"Expected {name} to be a positive integer or auto, but got {value!r}.")
+    return int(size)

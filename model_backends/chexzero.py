@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 from PIL.Image import Image
+from scipy.special import expit
 from torch.nn.functional import interpolate
 
 from medvlm_harness.errors import UserError
@@ -140,7 +141,7 @@ class CheXzeroBackend(DualEncoder):
         per_member = []
         for image, yes, no in zip(self._split(images), self._split(positive), self._split(negative), strict=True):
             margin = (image @ yes.T).astype(np.float64) - (image @ no.T).astype(np.float64)
-            per_member.append(1 / (1 + np.exp(-margin)))
+            per_member.append(expit(margin))
         probability = np.mean(per_member, axis=0)
         return np.log(probability) - np.log1p(-probability), probability
 

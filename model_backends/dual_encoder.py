@@ -20,6 +20,7 @@ import torch
 from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
 from PIL.Image import Image
+from scipy.special import expit
 from tqdm import tqdm
 
 from medvlm_harness.data.images import open_image
@@ -71,8 +72,8 @@ class DualEncoder(MedicalLM):
             raise UserError(f"Expected prompts to be task or published, but got {prompts!r}.")
         if prompts == "published" and self.card.prompts is None:
             raise UserError(f"{self.card.name} has no published prompts on its card: use prompts=task.")
-        if decode_threads < 1:
-            raise UserError(f"Expected decode_threads to be 1 or more, but got {decode_threads}.")
+        if not isinstance(decode_threads, int) or decode_threads < 1:
+            raise UserError(f"Expected decode_threads to be 1 or more, but got {decode_threads!r}.")
         self.prompts, self.decode_threads = prompts, decode_threads
         self.pretrained = str(pretrained)
         self.images_encoded = self.texts_encoded = 0
@@ -140,7 +141,7 @@ class DualEncoder(MedicalLM):
         cosine = (images @ positive.T).astype(np.float64)
         if negative is not None:
             margin = cosine - (images @ negative.T).astype(np.float64)
-            return margin, 1 / (1 + np.exp(-self._scale * margin))
+            return margin, expit(self._scale * margin)
         log_odds, probability = log_odds_and_softmax(self._scale * cosine)
         return log_odds / self._scale, probability
 
@@ -152,22 +153,25 @@ class DualEncoder(MedicalLM):
         """Unit vectors of the labels' positive and negative phrases, (labels, d) each; multiclass has no negatives."""
         key = str(label_set)
         if key not in self._label_vectors:
-            positive = [self._wording(label.name, label.positive, "positive") for label in label_set.labels]
-            negative = [self._wording(label.name, label.negative, "negative") for label in label_set.labels]
-            self._encode_new_texts([text for texts in (*positive, *negative) for text in texts])
             multilabel = label_set.kind == "multilabel"
+            # An option's name is what the records hold ("0"); only its phrase says what that means.
+            named = [(label.name if multilabel else None, label) for label in label_set.labels]
+            positive = [self._wording(name, label.positive, "positive") for name, label in named]
+            negative = [self._wording(name, label.negative, "negative") for name, label in named]
+            self._encode_new_texts([text for texts in (*positive, *negative) for text in texts])
             self._label_vectors[key] = (self._mean(positive), self._mean(negative) if multilabel else None)
         return self._label_vectors[key]
 
-    def _wording(self, name: str, phrases: tuple[str, ...], side: Literal["positive", "negative"]) -> tuple[str, ...]:
+    def _wording(
+        self, name: str | None, phrases: tuple[str, ...], side: Literal["positive", "negative"]
+    ) -> tuple[str, ...]:
         if self.prompts == "task" or self.card.prompts is None:
             return phrases
         templates = self.card.prompts.positive if side == "positive" else self.card.prompts.negative
         # A publication without negative templates ("this is a photo of ...") still needs the pair: the task's negative
         # phrase then goes into its positive template.
-        return tuple(t.format(name) for t in templates) or tuple(
-            t.format(phrase) for t in self.card.prompts.positive for phrase in phrases
-        )
+        named = () if name is None else tuple(t.format(name) for t in templates)
+        return named or tuple(t.format(phrase) for t in self.card.prompts.positive for phrase in phrases)
 
     def _mean(self, phrases: Sequence[tuple[str, ...]]) -> Vectors:
         means = [np.mean([self._text_vectors[text].vector for text in texts], axis=0) for texts in phrases if texts]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medvlm_harness.data.chexpert import CHEXPERT_14
 from medvlm_harness.data.locate import find_dataset
 from medvlm_harness.data.prepare import PrepareReport, prepare_iu_cxr
-from medvlm_harness.data.records import Dataset
+from medvlm_harness.data.records import Dataset, Manifest, Study, write_dataset
+from medvlm_harness.data.records import Image as RecordImage
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT_HEADER = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
@@ -88,3 +92,56 @@ def kaggle_folder(tmp_path: Path, write_image: Callable[..., Path], write_csv: C
     for seed, name in enumerate(("1_IM-0001-4001.dcm.jpg", "1_IM-0001-3001.dcm.png", "4_IM-2050-1001.png")):
         write_image(folder / "images" / "deep" / name, seed=seed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forbid_sockets() -> Callable[[pytest.MonkeyPatch], None]:
+    """From here on whatever connects or looks up a host fails, with an error that no library takes for "offline"."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"a socket was asked for: {args[-2:]} {kwargs}")
+
+    def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+        monkeypatch.setattr(socket, "create_connection", refuse)
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+    return forbid
+
+
+@pytest.fixture
+def no_network(forbid_sockets: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test without a network."""
+    forbid_sockets(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def write_set() -> Callable[..., Path]:
+    """Write a synthetic prepared set and give back its folder; label sources are those of the studies, in order."""
+
+    def write(folder: Path, studies: Sequence[Study], *, name: str = "synthetic", **manifest: Any) -> Path:
+        sources = tuple(dict.fromkeys(source for study in studies for source in study.labels))
+        values = {
+            "source": "demo",
+            "image_root": str(folder),
+            "licence": "none",
+            "counts": {"studies": len(studies)},
+            "dropped": {},
+            "label_sources": sources,
+            "label_names": CHEXPERT_14,
+            "policies": {"split_scheme": "hash"},
+        }
+        return write_dataset(folder, studies, Manifest(name=name, **{**values, **manifest}))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def fake_image() -> Callable[..., RecordImage]:
+    """An image record of a file that nobody opens."""
+
+    def make(file: str, view: str | None = "frontal") -> RecordImage:
+        return RecordImage(file, hashlib.sha256(file.encode()).hexdigest(), view, 8, 8)
+
+    return make

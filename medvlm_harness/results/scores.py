@@ -51,7 +51,8 @@ def write_beside_results(tracker: Any, records: Sequence[dict[str, Any]]) -> Pat
     Raises:
         UserError: if lm-eval could not write its results there (it says so only in its log).
     """
-    output, date = Path(tracker.output_path), tracker.date_id
+    # The tracker sets its date when it writes; without one it failed before.
+    output, date = Path(tracker.output_path), getattr(tracker, "date_id", None)
     if output.suffix == ".json":
         folder, results = output.parent, output.with_name(f"{output.stem}_{date}.json")
     else:

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from sklearn.metrics import roc_auc_score
+
+from medvlm_harness.errors import UserError
+from medvlm_harness.metrics.retrieval import rank_queries, recall_at
+from medvlm_harness.model_backends.baseline import BaselineBackend
+from medvlm_harness.requests import ImageRef, Label, LabelSet, TextRef
+
+N = 40
+REFS = [ImageRef(f"{k:064x}", Path("unused")) for k in range(N)]
+LABELS = LabelSet("two", "multilabel", (Label("A", ("a",), ("no a",)), Label("B", ("b",), ("no b",))), (0.2, None))
+VIEWS = LabelSet("views", "multiclass", (Label("frontal", ("f",)), Label("lateral", ("l",))), (0.75, 0.25))
+
+
+def retrieval(kind: str, reports: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of one image and one report per study."""
+    backend = BaselineBackend(kind=kind)  # type: ignore[arg-type]
+    docs = [{"texts": {"report": str(TextRef(text))}} for text in reports]
+    arguments = zip(docs, REFS, reports, strict=False)
+    pairs = [(Instance("embed", d, (ref,), 0), Instance("embed", d, (TextRef(t),), 1)) for d, ref, t in arguments]
+    images, texts = (np.stack([e.vector for e in backend.embed(list(side))]) for side in zip(*pairs, strict=True))
+    return images, texts
+
+
+def test_the_prior_answers_prevalence_and_scores_exactly_one_half(
+    classify_requests: Callable[..., list[Instance]],
+) -> None:
+    scores = BaselineBackend().classify(classify_requests(REFS, LABELS))
+    assert all(s.probability == pytest.approx((0.2, 0.5)) for s in scores)
+    assert all(s.margin == pytest.approx((np.log(0.25), 0.0), abs=1e-12) for s in scores)
+    y = np.arange(N) % 3 == 0
+    assert roc_auc_score(y, [s.margin[0] for s in scores]) == 0.5
+    for s in BaselineBackend().classify(classify_requests(REFS, VIEWS)):
+        assert s.probability == pytest.approx((0.75, 0.25))
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_the_prior_retrieves_at_exactly_chance(k: int) -> None:
+    images, texts = retrieval("prior", [f"report {n}" for n in range(N)])
+    ranked = rank_queries(images, texts, np.arange(N), np.arange(N))
+    assert np.allclose(recall_at(ranked, k), k / N, rtol=0, atol=1e-12)
+
+
+def test_the_oracle_is_always_right(classify_requests: Callable[..., list[Instance]]) -> None:
+    y = (np.arange(N) % 4 == 0).astype(int)
+    docs = [{"target": [int(value), None]} for value in y]
+    scores = BaselineBackend(kind="oracle").classify(classify_requests(REFS, LABELS, docs))
+    assert roc_auc_score(y, [s.margin[0] for s in scores]) == 1.0
+    assert {s.probability[1] for s in scores} == {0.5}
+    assert all(np.isfinite(s.margin).all() for s in scores)
+    docs = [{"target": [int(value), 1 - int(value)]} for value in y]
+    scores = BaselineBackend(kind="oracle").classify(classify_requests(REFS, VIEWS, docs))
+    assert [int(np.argmax(s.probability)) for s in scores] == (1 - y).tolist()
+    assert all(sum(s.probability) == pytest.approx(1) for s in scores)
+
+
+def test_the_oracle_finds_what_can_be_told_apart() -> None:
+    reports = [f"report {n // 2}" for n in range(N)]  # each twice
+    images, texts = retrieval("oracle", reports)
+    classes = np.arange(N) // 2
+    assert recall_at(rank_queries(images, texts, classes, classes), 1).min() == 1.0
+    strict = rank_queries(images, texts, np.arange(N), np.arange(N))
+    assert np.allclose(recall_at(strict, 1), 0.5)
+
+
+@pytest.mark.parametrize("labels", [LABELS, VIEWS])
+def test_noise_depends_on_the_input_and_the_seed_alone(
+    classify_requests: Callable[..., list[Instance]], labels: LabelSet
+) -> None:
+    requests = classify_requests(REFS, labels)
+    first = BaselineBackend(kind="random", seed=3).classify(requests)
+    again = BaselineBackend(kind="random", seed=3, batch_size=1).classify(requests[::-1])[::-1]
+    other = BaselineBackend(kind="random", seed=4).classify(requests)
+    assert first == again
+    assert first != other
+    assert len(set(first)) == N
+    images, texts = retrieval("random", [f"report {n}" for n in range(N)])
+    assert np.allclose(np.linalg.norm([*images, *texts], axis=1), 1, atol=1e-6)
+    assert len({v.tobytes() for v in (*images, *texts)}) == 2 * N
+
+
+def test_vectors_of_equal_texts_are_equal_bytes() -> None:
+    _, texts = retrieval("random", ["same", "same", "other"])
+    assert texts[0].tobytes() == texts[1].tobytes() != texts[2].tobytes()
+
+
+def test_texts_are_never_cut_and_images_do_not_say(embed_requests: Callable[..., list[Instance]]) -> None:
+    answers = BaselineBackend().embed(embed_requests([REFS[0], TextRef("report")]))
+    assert [e.truncated for e in answers] == [None, False]
+
+
+def test_an_unknown_kind_names_the_near_one() -> None:
+    with pytest.raises(UserError, match=r"'oracel'.*Did you mean oracle\?"):
+        BaselineBackend(kind="oracel")  # type: ignore[arg-type]
+
+
+def test_what_it_cannot_do_is_refused_in_words() -> None:
+    with pytest.raises(UserError, match=r"medvlm-baseline \(baseline\) cannot answer `generate_until`"):
+        BaselineBackend().generate_until([])

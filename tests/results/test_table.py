@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from medvlm_harness.metrics.estimate import Estimate
+from medvlm_harness.results.table import interval_table
+
+DATASET = {"name": "iu_cxr", "source": "kaggle"}
+
+
+def block(**changes: Any) -> dict[str, Any]:
+    metrics = {
+        "auroc": Estimate(0.75, 0.02, (0.7, 0.8), 615, floor=0.5, ceiling=1.0),
+        "auroc_edema": Estimate(
+            0.6, 0.1, (0.4, 0.79999), 600, positives=9, floor=0.5, reason="fewer than 10 positives"
+        ),
+        "auroc_fracture": Estimate.undefined("only one class", n=615, positives=0),
+    }
+    task = {
+        "dataset": DATASET,
+        "split": "test",
+        "documents": 615,
+        "scored": 615,
+        "label_source": "chexpert_labeler",
+        "counts": {"studies": 590, "images": 615, "images_without_target": 0},
+        "contamination": {"note": None},
+        "metrics": {name: estimate.to_dict() for name, estimate in metrics.items()},
+        **changes,
+    }
+    return {"tasks": {"t": task}, "unsupported": {"other": "m cannot embed an image"}}
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+
+
+def test_each_number_stands_beside_its_interval_support_floor_and_ceiling() -> None:
+    header, rule, *rows = cells(interval_table(block()))
+    assert header == ["Task", "Metric", "Value", "95% interval", "n", "Positives", "Floor", "Ceiling", "Note"]
+    assert rows[0] == ["t", "auroc", "0.7500", "0.7000 to 0.8000", "615", "", "0.5000", "1.0000", ""]
+    assert rows[1] == ["", "auroc_edema", "0.6000", "0.4000 to 0.8000", "600", "9", "0.5000", "", rows[1][-1]]
+    assert rows[1][-1] == "fewer than 10 positives"
+    assert set("".join(rule)) == {"-"}
+
+
+def test_undefined_is_a_word_with_its_reason_and_never_zero() -> None:
+    row = cells(interval_table(block()))[4]
+    assert row == ["", "auroc_fracture", "undefined", "", "615", "0", "", "", "only one class"]
+
+
+def test_a_refused_task_has_a_row() -> None:
+    assert cells(interval_table(block()))[-1] == ["other", "n/a", *[""] * 6, "m cannot embed an image"]
+
+
+def test_all_lines_of_the_table_are_of_one_width() -> None:
+    lines = [line for line in interval_table(block()).splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_line_above_says_what_the_data_are() -> None:
+    line = interval_table(block()).splitlines()[0]
+    assert line == "t: iu_cxr (kaggle), split test; labels chexpert_labeler; 590 studies; 615 images"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"scored": 20}, "LIMITED: only 20 of 615 scored"),
+        ({"contamination": {"note": "scored on test, which it was trained on"}}, "which it was trained on"),
+        ({"truncated_share": {"report": 0.125, "findings": None}}, "texts cut by the tokenizer: report 12.5%"),
+        ({"counts": {"studies_without_report": 3}}, "3 studies without report"),
+    ],
+)
+def test_what_weakens_the_numbers_stands_there_too(changes: dict[str, Any], expected: str) -> None:
+    line = interval_table(block(**changes)).splitlines()[0]
+    assert expected in line
+    assert expected not in interval_table(block())
+
+
+def test_lm_evals_table_is_followed_by_ours(results: Any) -> None:
+    from lm_eval import utils
+
+    plain = utils.make_table({key: value for key, value in results.items() if key != "medvlm"})
+    assert "Stderr" in plain and "95% interval" not in plain
+    table = utils.make_table(results)
+    assert table.startswith(plain)
+    assert table.count("95% interval") == 1
+    assert "i2t_recall@1_label_overlap" in table.partition("95% interval")[2]

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+
+from medvlm_harness.data.records import Image, Study
+from medvlm_harness.errors import UserError
+from medvlm_harness.requests import LabelScores
+from medvlm_harness.tracks.zero_shot import ZeroShot
+
+SPLITS = {"train": 3, "validation": 2, "test": 4}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_set: Callable[..., Path], fake_image: Callable[..., Image]) -> Path:
+    studies = [
+        Study(
+            f"{split}{k}",
+            f"{split}{k}",
+            (fake_image(f"{split}{k}.png"),),
+            labels={"mesh": {"Edema": k % 2}, "rules": {"Edema": 1 - k % 2}, "theirs": {"Edema": 1}},
+            split=split,
+        )
+        for split, n in SPLITS.items()
+        for k in range(n)
+    ]
+    return write_set(tmp_path / "synthetic", studies, revision="abc", label_names=("Edema",))
+
+
+def task(folder: Path | None, **config: Any) -> ZeroShot:
+    metadata = {"version": 3, **({"data_dir": str(folder)} if folder else {}), **config.pop("metadata", {})}
+    return ZeroShot({"task": "t", "dataset": "synthetic", "labels": ["Edema"], **config, "metadata": metadata})
+
+
+def constant(requests: Sequence[Instance]) -> list[LabelScores]:
+    return [LabelScores((0.0,), (0.5,)) for _ in requests]
+
+
+@pytest.mark.parametrize(
+    ("asked", "documents", "shown"),
+    [
+        (None, 4, "test"),
+        ("test", 4, "test"),
+        ("val", 2, "validation"),
+        ("validation+test", 6, "validation+test"),
+        ("test+validation", 6, "validation+test"),
+        ("all", 9, "train+validation+test+unassigned"),
+    ],
+)
+@pytest.mark.parametrize("at_run_time", [False, True])
+def test_splits_are_chosen_by_the_yaml_or_the_run(
+    folder: Path, asked: str | None, documents: int, shown: str, at_run_time: bool, score: Callable[..., Any]
+) -> None:
+    said = {} if asked is None else {"metadata": {"split": asked}} if at_run_time else {"split": asked}
+    one = task(folder, **said)
+    result = score(one, constant)
+    assert len(result.documents) == documents
+    assert result.details["split"] == one.dump_config()["split"] == shown
+
+
+def test_the_run_outranks_the_yaml(folder: Path) -> None:
+    assert len(task(folder, split="train", metadata={"split": "validation"}).test_docs()) == 2
+
+
+def test_an_unknown_split_names_the_near_one(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"'tset'\. Did you mean test\?"):
+        task(folder, metadata={"split": "tset"}).test_docs()
+
+
+def test_an_empty_split_says_which_there_are(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"unassigned \(it has test, train, validation\)"):
+        task(folder, split="unassigned").test_docs()
+
+
+def test_label_sources_have_an_order_and_an_unknown_one_is_refused(folder: Path) -> None:
+    assert task(folder).label_source == "rules"
+    assert task(folder).other_sources == ("mesh", "theirs")
+    assert task(folder, metadata={"label_source": "theirs"}).label_source == "theirs"
+    with pytest.raises(UserError, match="one of mesh, rules, theirs, but got 'chexpert'"):
+        task(folder, metadata={"label_source": "chexpert"}).test_docs()
+
+
+def test_a_source_outside_the_order_is_used_where_it_is_the_only_one(
+    tmp_path: Path, write_set: Callable[..., Path], fake_image: Callable[..., Image]
+) -> None:
+    study = Study("s", "p", (fake_image("a.png"),), labels={"theirs": {"Edema": 1}}, split="test")
+    assert task(write_set(tmp_path / "set", [study], label_names=("Edema",))).label_source == "theirs"
+
+
+def test_a_set_without_labels_says_how_to_get_them(
+    tmp_path: Path, write_set: Callable[..., Path], fake_image: Callable[..., Image]
+) -> None:
+    bare = write_set(tmp_path / "set", [Study("s", "p", (fake_image("a.png"),), split="test")])
+    with pytest.raises(UserError, match="without labels: use --labels"):
+        task(bare).test_docs()
+
+
+def test_no_data_is_touched_before_the_first_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDVLM_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = task(None)
+    assert one.metric_names is not None
+    with pytest.raises(UserError, match="no synthetic data found"):
+        one.test_docs()
+
+
+def test_the_data_is_found_by_argument_and_by_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert task(folder).data.folder == folder.resolve()
+    assert task(folder.parent).data.folder == folder.resolve()
+    monkeypatch.setenv("MEDVLM_DATA", str(folder.parent))
+    assert task(None).data.folder == folder.resolve()
+
+
+def test_details_say_what_the_data_is(folder: Path, score: Callable[..., Any]) -> None:
+    one = task(folder)
+    details = score(one, constant).details
+    assert details["dataset"]["name"] == "synthetic"
+    assert details["dataset"]["revision"] == "abc"
+    assert details["dataset"]["sha256"] == one.data.sha256
+    assert details["version"] == 3
+
+
+def test_only_the_yamls_own_metadata_is_written(folder: Path) -> None:
+    one = task(folder, metadata={"split": "validation", "pretrained": "weights", "token": "secret"})
+    assert one.dump_config()["metadata"] == {"version": 3}
+    assert "secret" not in str(one.dump_config())
+    assert one.metadata_keys == {"data_dir", "split", "pretrained", "token"}
+
+
+def test_a_constant_model_scores_one_half_and_undefined_is_nan(folder: Path, score: Callable[..., Any]) -> None:
+    result = score(task(folder), constant)
+    assert result.value("auroc_edema") == 0.5
+    assert np.isnan(result.value("auroc"))  # two positives: too few for a macro
+    assert "no label has 10" in str(result.estimates["auroc"].reason)
+
+
+def test_there_are_no_few_shot_examples(folder: Path) -> None:
+    one = task(folder)
+    assert (one.has_test_docs(), one.has_training_docs(), one.has_validation_docs()) == (True, False, False)
+    assert one.fewshot_context(one.test_docs()[0], num_fewshot=5) == ""
+    assert one.dump_config()["num_fewshot"] == 0
