@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from medvlm_harness.errors import UserError, near_matches
 __all__ = ["CARD_FILE", "ModelCard", "Prompts", "Source", "card_beside", "file_sha256"]
 
 CARD_FILE = "medvlm_card.yaml"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def card_beside(weights: Path, card: ModelCard) -> ModelCard:
     """A card completed by the `medvlm_card.yaml` that lies beside a checkpoint, where one does.
 
     Raises:
-        UserError: if that file is no mapping or has unknown keys.
+        UserError: if that file is no mapping, has unknown keys, or a value of another kind than the card's.
     """
     path = (weights if weights.is_dir() else weights.parent) / CARD_FILE
     if not path.is_file():
@@ -78,11 +80,22 @@ def card_beside(weights: Path, card: ModelCard) -> ModelCard:
     for key in given:
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}.{near_matches(str(key), known)}")
-    values = dict(given)
-    if "trained_on" in values and values["trained_on"] is not None:
-        entries = values["trained_on"]
-        values["trained_on"] = (entries,) if isinstance(entries, (str, Mapping)) else tuple(entries)
+    values = {key: _checked(path, str(key), value) for key, value in given.items()}
     return replace(card, **values)
+
+
+def _checked(path: Path, key: str, value: Any) -> Any:
+    """A value from somebody's file; the name becomes a folder's, and all of it is written into results."""
+    if key == "trained_on":
+        entries = [value] if isinstance(value, str | Mapping) else value
+        if entries is None or (isinstance(entries, list) and all(isinstance(e, str | Mapping) for e in entries)):
+            return entries if entries is None else tuple(entries)
+        raise UserError(f"{path}: expected trained_on to be a list of names or of mappings, but got {value!r}.")
+    if key == "name" and not (isinstance(value, str) and _NAME.fullmatch(value)):
+        raise UserError(f"{path}: expected name to be letters, digits and . _ + - or spaces, but got {value!r}.")
+    if not isinstance(value, int if key == "parameters" else str):
+        raise UserError(f"{path}: expected {key} to be a {'number' if key == 'parameters' else 'text'}, got {value!r}.")
+    return value
 
 
 def file_sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from lm_eval.utils import sanitize_model_name
 
 from medvlm_harness.errors import UserError
 
@@ -38,11 +39,17 @@ def write_scores(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def name_folder(tracker: Any, results: Mapping[str, Any]) -> None:
-    """Name the output folder after the model where lm-eval, which looks for `pretrained=`, draws random letters."""
+    """Name the output folder after the model where lm-eval would make a poor name of `pretrained=`.
+
+    Without that option it draws random letters; of a local path it makes a folder that is hidden where the path is
+    relative (`..__weights`), and tells where the user's files lie.
+    """
     config = tracker.general_config_tracker
     card = results["medvlm"]["model"].get("card")
-    if card is not None and type(config)._get_model_name(results["config"]["model_args"]) is None:
-        config.model_name = config.model_name_sanitized = card["name"]
+    named = type(config)._get_model_name(results["config"]["model_args"])
+    if card is not None and (named is None or Path(named.removeprefix("local-dir:")).expanduser().exists()):
+        config.model_name = card["name"]
+        config.model_name_sanitized = sanitize_model_name(card["name"])
 
 
 def write_beside_results(tracker: Any, records: Sequence[dict[str, Any]]) -> Path:

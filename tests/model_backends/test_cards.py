@@ -53,6 +53,12 @@ def test_training_data_may_be_one_name_or_many(tmp_path: Path, text: str, expect
         ("- a list", "expected a mapping"),
         ("", "expected a mapping, but got None"),
         ("name: [", "not valid YAML"),
+        ("name: ..", "expected name to be letters"),
+        ("name: a/b", "expected name to be letters"),
+        ("trained_on: 5", "expected trained_on to be a list"),
+        ("trained_on: [5]", "expected trained_on to be a list"),
+        ("licence: 2020-01-01", "expected licence to be a text"),
+        ("parameters: many", "expected parameters to be a number"),
     ],
 )
 def test_a_file_that_is_wrong_is_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:

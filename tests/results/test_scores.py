@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from medvlm_harness.errors import UserError
-from medvlm_harness.results.scores import SCHEMA, write_scores
+from medvlm_harness.results.scores import SCHEMA, name_folder, write_scores
 
 COLUMNS = ["task", "study", "patient", "image", "split", "label", "target", "margin", "probability", "rank"]
 
@@ -29,6 +29,26 @@ def save(results: Any, output: Path) -> Any:
     samples = own.pop("samples")  # as lm-eval's command line does
     tracker.save_results_aggregated(results=own, samples=samples)
     return tracker
+
+
+@pytest.mark.parametrize(
+    ("model_args", "folder"),
+    [
+        ("kind=random", "some-model"),  # lm-eval: eight random letters
+        ("pretrained={here}", "some-model"),  # lm-eval: the path, hidden where it starts with a dot
+        ("pretrained=org/name", "org__name"),
+    ],
+)
+def test_the_output_folder_has_a_name_that_says_what_ran(model_args: str, folder: str, tmp_path: Path) -> None:
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker(output_path=str(tmp_path))
+    given = model_args.format(here=tmp_path)
+    tracker.general_config_tracker.log_experiment_args(
+        model_source="x", model_args=given, system_instruction="", chat_template="", fewshot_as_multiturn=False
+    )
+    name_folder(tracker, {"config": {"model_args": given}, "medvlm": {"model": {"card": {"name": "some-model"}}}})
+    assert tracker.general_config_tracker.model_name_sanitized == folder
 
 
 def test_the_file_has_the_documented_columns(tmp_path: Path) -> None:
