@@ -143,18 +143,18 @@ def _add_tasks(module: "Any") -> None:
 
     @wraps(build)
     def with_ours(paths: "Iterable[Any]", **options: "Any") -> "Any":
-        from medvlm_harness.tracks.declarations import check_folder
+        from medvlm_harness.tracks.declarations import declared_names
 
         # One folder under two spellings would be indexed twice, and warn of each task that it overrides itself.
         given = {Path(path).resolve(): Path(path) for path in (*paths, *scope.include_paths)}
         ours = tasks_folder()
         users = [path for real, path in given.items() if real not in (builtin.resolve(), ours.resolve())]
         for folder in users:
-            check_folder(folder)
-        defaults = [builtin, ours] if builtin.resolve() in given else []
-        if not scope.builtin_tasks:
-            defaults = [ours]
-        return build([*defaults, *users, *([ours] if ours.resolve() in given and not defaults else [])], **options)
+            declared_names(folder)  # raises what is wrong with its files
+        defaults = builtin.resolve() in given
+        first = [builtin] if defaults and scope.builtin_tasks else []
+        first += [ours] if defaults or ours.resolve() in given else []
+        return build([*first, *users], **options)  # later folders override: a user's task goes before ours
 
     index.build = staticmethod(with_ours)
 

@@ -16,7 +16,7 @@ import pytest
 
 from medvlm_harness import plugin
 from medvlm_harness.errors import UserError
-from medvlm_harness.tracks.declarations import check_file, check_folder, yaml_files
+from medvlm_harness.tracks.declarations import check_file, declared_names, yaml_files
 
 OURS = {"iu_cxr", "iu_cxr_zeroshot", "iu_cxr_view", "demo_cxr", "demo_cxr_zeroshot", "demo_cxr_view"}
 STOCK_MODELS = ("hf", "dummy", "hf-multimodal", "vllm-vlm")
@@ -417,7 +417,7 @@ def test_checking_runs_no_code_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')\n", encoding="utf-8")
     (tmp_path / "a.yaml").write_text("task: a\nprocess_docs: !function evil.x\n", encoding="utf-8")
     (tmp_path / "b.yaml").write_text("class: !function evil.X\ntask: b\nanything: 1\n", encoding="utf-8")
-    assert check_folder(tmp_path) == ["a", "b"]
+    assert list(declared_names(tmp_path)) == ["a", "b"]
 
 
 def test_no_task_of_lm_eval_is_called_broken() -> None:

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 from lm_eval.filters import build_filter_ensemble
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from medvlm_harness.data.locate import find_dataset
 from medvlm_harness.data.records import Dataset, Image, Study
@@ -75,21 +77,22 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         declared = dict(config)
-        self.source_class = declared.pop("class", None)
+        declared.pop("class", None)
         name = str(declared.pop("task"))
         alias = declared.pop("task_alias", None)
         metadata = dict(declared.pop("metadata", None) or {})
         for key in declared:
             if key not in self.KEYS:
                 raise UserError(f"{name}: unknown key {key!r}.{near_matches(key, self.KEYS)}")
-        # lm-eval merges --metadata and the model's arguments into the YAML's metadata, so the YAML's own part (which
-        # alone is ours to write into results) is read again from the keys that a declaration may have there.
-        self.VERSION = metadata.get("version")
+        # lm-eval merges --metadata and the model's arguments, tokens among them, into the YAML's metadata. Only the
+        # YAML's own part may be written into results.
+        self.metadata = _own_metadata(metadata)
+        self.VERSION = self.metadata.get("version")
         self.runtime = {key: metadata[key] for key in self.RUNTIME_KEYS if key in metadata}
-        self.metadata_keys = frozenset(metadata) - {"version", "config_source"}
+        self.metadata_keys = frozenset(metadata) - self.metadata.keys() - {"config_source"}
         self.declared = declared
         self._config = TaskConfig(
-            task=name, task_alias=alias, output_type=self.OUTPUT_TYPE, num_fewshot=0, metadata={"version": self.VERSION}
+            task=name, task_alias=alias, output_type=self.OUTPUT_TYPE, num_fewshot=0, metadata=self.metadata
         )
         self._filters = [build_filter_ensemble("none", [["take_first", None]])]
         self._instances: list[Instance] | None = None
@@ -281,5 +284,14 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
             "split": "+".join(self.splits),
             "num_fewshot": 0,
             "output_type": self.OUTPUT_TYPE,
-            "metadata": {"version": self.VERSION},
+            "metadata": self.metadata,
         }
+
+
+def _own_metadata(merged: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata that stands in the YAML; of a task given inline, its version."""
+    path = Path(str(merged.get("config_source", "inline")))
+    if not path.is_file():
+        return {key: merged[key] for key in ("version",) if key in merged}
+    own = load_yaml(path, resolve_func=False).get("metadata")
+    return own if isinstance(own, dict) else {}

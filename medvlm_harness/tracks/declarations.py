@@ -14,7 +14,7 @@ import yaml
 
 from medvlm_harness.errors import UserError, near_matches
 
-__all__ = ["TRACKS", "Summary", "check_file", "check_folder", "declared_names", "summarise", "yaml_files"]
+__all__ = ["TRACKS", "Summary", "check_file", "declared_names", "summarise", "yaml_files"]
 
 # Class named in YAML -> the keys its track reads, as "module:attribute"; each track keeps its keys beside its code.
 TRACKS = {
@@ -23,15 +23,6 @@ TRACKS = {
 }
 _STRUCTURE = {"class", "task", "task_alias", "tag", "metadata"}
 _IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
-
-
-def check_folder(folder: Path) -> list[str]:
-    """Check every `*.yaml` below a folder, and return the task and group names it declares.
-
-    Raises:
-        UserError: naming the file, what was expected and what came; or if the folder is none.
-    """
-    return [name for path in yaml_files(folder) if (name := check_file(path))]
 
 
 def yaml_files(folder: Path) -> Iterator[Path]:
@@ -73,7 +64,11 @@ def check_file(path: Path) -> str | None:
 
 
 def declared_names(folder: Path) -> dict[str, Path]:
-    """Task and group names below a folder, each with its file."""
+    """Check every `*.yaml` below a folder; the task and group names, each with its file.
+
+    Raises:
+        UserError: naming the file, what was expected and what came; or if the folder is none.
+    """
     names = {}
     for path in yaml_files(folder):
         if name := check_file(path):
@@ -114,10 +109,9 @@ def _load(path: Path) -> dict[str, Any]:
 def _refuse_misspelt_structure(path: Path, config: Mapping[str, Any]) -> None:
     """A file without task, group and class is somebody else's, unless a key is nearly one of those."""
     for key in config:
-        if key not in ("include", "tasks") and near_matches(str(key), ("task", "group", "class")).startswith(
-            " Did you"
-        ):
-            raise UserError(f"{path}: unknown key {key!r}.{near_matches(str(key), ('task', 'group', 'class'))}")
+        meant = near_matches(str(key), ("task", "group", "class"))
+        if meant.startswith(" Did you") and key not in ("include", "tasks"):
+            raise UserError(f"{path}: unknown key {key!r}.{meant}")
 
 
 def _known_keys(path: Path, declared_class: Any) -> set[str] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast, get_args
@@ -94,23 +94,38 @@ class ZeroShot(MedicalTask):
 
     def make_documents(self) -> Iterator[dict[str, Any]]:
         """One document per image of the chosen views."""
-        for study in self.studies:
-            targets = self._targets(study)
+        for study, image, targets in self._labelled(self.studies):
+            yield {
+                "study_id": study.study_id,
+                "patient_id": study.patient_id,
+                "split": study.split,
+                "image": image.sha256,
+                "file": image.file,
+                "target": targets[self.source],
+                "targets": targets,
+            }
+
+    def _labelled(self, studies: Iterable[Study]) -> Iterator[tuple[Study, Image, dict[str, list[int | None]]]]:
+        """Images of the chosen views with their truth per source; one whose target field is empty is left out."""
+        for study in studies:
             for image in study.images:
                 if self.views and image.view not in self.views:
                     continue
-                target = targets if self.target is None else {self.target: self._option(study, image)}
-                if target.get(self.source) is None and self.target is not None:
-                    continue
-                yield {
-                    "study_id": study.study_id,
-                    "patient_id": study.patient_id,
-                    "split": study.split,
-                    "image": image.sha256,
-                    "file": image.file,
-                    "target": target[self.source],
-                    "targets": target,
-                }
+                targets = self._targets(study, image)
+                if targets is not None:
+                    yield study, image, targets
+
+    def _targets(self, study: Study, image: Image) -> dict[str, list[int | None]] | None:
+        """Truth per source in the order of the labels; None where a multiclass field holds none of the options."""
+        if self.target is None:
+            return {
+                source: [resolve(study.labels.get(source), k, uncertain=self.uncertain) for k in self.label_source_keys]
+                for source in (self.source, *self.other_sources)
+            }
+        value = image.view if self.target == "view" else study.subgroups.get(self.target)
+        if value not in self.label_set.names:
+            return None
+        return {self.target: [int(name == value) for name in self.label_set.names]}
 
     @cached_property
     def source(self) -> str:
@@ -135,29 +150,11 @@ class ZeroShot(MedicalTask):
             keys.append(known[label.key])
         return tuple(keys)
 
-    def _targets(self, study: Study) -> dict[str, list[int | None]]:
-        if self.target is not None:
-            return {}
-        return {
-            source: [resolve(study.labels.get(source), key, uncertain=self.uncertain) for key in self.label_source_keys]
-            for source in (self.source, *self.other_sources)
-        }
-
-    def _option(self, study: Study, image: Image) -> list[int | None] | None:
-        """One-hot truth of a multiclass set; None where the field is empty or holds no option (counted)."""
-        value = image.view if self.target == "view" else study.subgroups.get(str(self.target))
-        if value not in self.label_set.names:
-            return None
-        return [int(name == value) for name in self.label_set.names]
-
     @cached_property
     def request_labels(self) -> LabelSet:
         """The label set as sent, with the train split's prevalence for the floor that `medvlm-baseline` gives."""
         train = [study for study in self.data.studies if study.split == "train"]
-        if self.target is None:
-            rows = [self._targets(study)[self.source] for study in train for _ in study.images]
-        else:
-            rows = [row for study in train for image in study.images if (row := self._option(study, image)) is not None]
+        rows = [targets[self.source] for _, _, targets in self._labelled(train)]
         prior = []
         for column in range(len(self.label_set.labels)):
             known = [value for row in rows if (value := row[column]) is not None]

@@ -132,6 +132,15 @@ def test_only_the_yamls_own_metadata_is_written(folder: Path) -> None:
     assert one.metadata_keys == {"data_dir", "split", "pretrained", "token"}
 
 
+def test_what_else_the_yaml_says_of_itself_is_kept_and_no_runtime_key(folder: Path, tmp_path: Path) -> None:
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("task: mine\nmetadata: {version: 2.0, contact: somebody}\n")
+    merged = {"version": 2.0, "contact": "somebody", "split": "test", "token": "secret", "config_source": str(yaml)}
+    one = task(folder, metadata=merged)
+    assert one.dump_config()["metadata"] == {"version": 2.0, "contact": "somebody"}
+    assert one.metadata_keys == {"split", "token", "data_dir"}
+
+
 def test_a_constant_model_scores_one_half_and_undefined_is_nan(folder: Path, score: Callable[..., Any]) -> None:
     result = score(task(folder), constant)
     assert result.value("auroc_edema") == 0.5

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 
 from medvlm_harness import plugin
 from medvlm_harness.errors import UserError
-from medvlm_harness.tracks.declarations import TRACKS, check_file, check_folder, declared_names, summarise, yaml_files
+from medvlm_harness.tracks.declarations import TRACKS, check_file, declared_names, summarise, yaml_files
 
 TASKS = plugin.tasks_folder()
 PACKAGED = list(yaml_files(TASKS))
@@ -77,7 +77,7 @@ def test_the_readme_names_every_task_and_group_of_its_folder(folder: Path) -> No
 
 
 def test_names_are_unique_and_no_group_matches_the_pattern_of_its_tasks() -> None:
-    names = check_folder(TASKS)
+    names = list(declared_names(TASKS))
     assert len(names) == len(set(names)) == len(PACKAGED)
     for path in PACKAGED:
         if path.name.startswith("_"):
@@ -160,7 +160,7 @@ def test_another_tools_yaml_is_let_be(tmp_path: Path, ours_alone: None) -> None:
     write(tmp_path, "services:\n  web: {image: nginx}\n", "compose.yaml")
     write(tmp_path, "jobs: [a]\ntasks: [b]\n", "ci.yaml")
     write(tmp_path, GOOD)
-    assert check_folder(tmp_path) == ["mine"]
+    assert list(declared_names(tmp_path)) == ["mine"]
     assert "mine" in TaskManager(include_path=str(tmp_path)).all_tasks
 
 
@@ -172,4 +172,4 @@ def test_a_class_of_somebody_else_is_not_judged_and_not_imported(tmp_path: Path)
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--include_path"):
-        check_folder(tmp_path / "nowhere")
+        declared_names(tmp_path / "nowhere")
