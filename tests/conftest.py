@@ -145,3 +145,32 @@ def fake_image() -> Callable[..., RecordImage]:
         return RecordImage(file, hashlib.sha256(file.encode()).hexdigest(), view, 8, 8)
 
     return make
+
+
+STOCK_TASK = """
+task: stock_task
+output_type: multiple_choice
+custom_dataset: !function data.documents
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+metadata: {version: 1.0}
+"""
+STOCK_DATA = """
+from datasets import Dataset
+
+def documents(**options):
+    return {"test": Dataset.from_list([{"question": f"Is it {i}?", "answer": i % 2} for i in range(12)])}
+"""
+
+
+@pytest.fixture
+def stock_folder(tmp_path: Path) -> Path:
+    """A task folder that is lm-eval's own kind throughout."""
+    folder = tmp_path / "stock"
+    folder.mkdir()
+    (folder / "stock.yaml").write_text(STOCK_TASK, encoding="utf-8")
+    (folder / "data.py").write_text(STOCK_DATA, encoding="utf-8")
+    return folder
