@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,7 +12,7 @@ import yaml
 
 from medvlm_harness.errors import UserError, near_matches
 
-__all__ = ["CARD_FILE", "ModelCard", "Prompts", "Source", "card_beside", "file_sha256"]
+__all__ = ["CARD_FILE", "ModelCard", "Prompts", "Source", "card_beside"]
 
 CARD_FILE = "medvlm_card.yaml"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}")
@@ -96,9 +95,3 @@ def _checked(path: Path, key: str, value: Any) -> Any:
     if not isinstance(value, int if key == "parameters" else str):
         raise UserError(f"{path}: expected {key} to be a {'number' if key == 'parameters' else 'text'}, got {value!r}.")
     return value
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

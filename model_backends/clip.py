@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ class TowerBackend(DualEncoder):
         if self.weight_files:
             self.complete_card(self.weight_files[0])
 
+    @abstractmethod
     def build(self) -> Towers:
         """The towers of `self.pretrained`."""
-        raise NotImplementedError
 
     def preprocess(self, image: Image) -> torch.Tensor:
         """The model's own evaluation transform."""

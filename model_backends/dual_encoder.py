@@ -24,9 +24,10 @@ from scipy.special import expit
 from tqdm import tqdm
 
 from medvlm_harness.data.images import open_image
+from medvlm_harness.data.records import file_sha256
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.base import MedicalLM
-from medvlm_harness.model_backends.cards import card_beside, file_sha256
+from medvlm_harness.model_backends.cards import card_beside
 from medvlm_harness.requests import Capability, Embedding, ImageRef, LabelScores, LabelSet
 
 __all__ = ["DualEncoder", "EncodedTexts", "PromptChoice"]

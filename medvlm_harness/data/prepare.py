@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from medvlm_harness.data.labels import (
     mesh_rule_version,
     read_label_table,
 )
-from medvlm_harness.data.records import Image, Labels, Manifest, Study, write_dataset
+from medvlm_harness.data.records import Image, Labels, Manifest, Study, file_sha256, write_dataset
 from medvlm_harness.data.sources.base import RawImage, RawStudy, Reading, ReadLog
 from medvlm_harness.data.sources.detect import detect
 from medvlm_harness.data.splits import SPLIT_SCHEMES, SPLITS, SplitScheme, assign_split
@@ -130,7 +129,7 @@ def prepare_reading(
             **reading.policies,
         },
         resolutions=dict(sizes.most_common()),
-        source_hashes={path.name: _sha256(path) for path in (*reading.files, *([labels] if labels else []))},
+        source_hashes={path.name: file_sha256(path) for path in (*reading.files, *([labels] if labels else []))},
         revision=reading.revision,
     )
     write_dataset(out, studies, manifest)
@@ -298,12 +297,3 @@ def _warnings(manifest: Manifest, log: ReadLog) -> tuple[str, ...]:
 
 def _summary(dropped: Mapping[str, list[str]]) -> str:
     return ", ".join(f"{len(names)} {rule}" for rule, names in sorted(dropped.items())) or "the source is empty"
-
-
-def _sha256(path: Path) -> str:
-    """Hash of a file, or of the names and hashes of a folder's XML files."""
-    if path.is_dir():
-        lines = [f"{file.name} {_sha256(file)}\n" for file in sorted(path.glob("*.xml"))]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,17 @@ import pyarrow.parquet as pq
 
 from medvlm_harness.errors import UserError
 
-__all__ = ["SCHEMA_VERSION", "Dataset", "Image", "Labels", "Manifest", "Study", "read_dataset", "write_dataset"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Dataset",
+    "Image",
+    "Labels",
+    "Manifest",
+    "Study",
+    "file_sha256",
+    "read_dataset",
+    "write_dataset",
+]
 
 SCHEMA_VERSION = 1
 STUDIES_FILE, MANIFEST_FILE = "studies.parquet", "manifest.json"
@@ -89,6 +99,12 @@ class Dataset:
     def path(self, image: Image) -> Path:
         """Where an image's file lies."""
         return Path(self.manifest.image_root) / image.file
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _schema(manifest: Manifest, subgroups: Sequence[str]) -> pa.Schema:

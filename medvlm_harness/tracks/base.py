@@ -37,7 +37,9 @@ class Row:
     """What one document contributes to every metric of its task; logged by its study's id alone."""
 
     study_id: str
-    image: str
+    patient_id: str
+    split: str
+    image: str  # file, relative to the data set's image root
 
     def __str__(self) -> str:
         return self.study_id
@@ -195,9 +197,21 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         """The prepared label sources that the same scores are also evaluated against."""
         return tuple(source for source in self.data.manifest.label_sources if source != self.label_source)
 
-    def image_ref(self, image_sha256: str, file: str) -> ImageRef:
-        """The request argument for an image of this task's data set."""
-        return ImageRef(image_sha256, self.data.path(Image(file, image_sha256)))
+    # --- the ids that documents, rows and score records share
+
+    def document_ids(self, study: Study, image: Image) -> dict[str, Any]:
+        """How a document names its study and its image."""
+        ids = {"study_id": study.study_id, "patient_id": study.patient_id, "split": study.split}
+        return {**ids, "file": image.file, "image": image.sha256}
+
+    def image_ref(self, doc: Mapping[str, Any]) -> ImageRef:
+        """The request argument for the image of a document."""
+        return ImageRef(doc["image"], self.data.path(Image(doc["file"], doc["image"])))
+
+    def score_record(self, row: Row, label: str, **values: Any) -> dict[str, Any]:
+        """One row of scores.parquet."""
+        ids = {"task": self.task_name, "study": row.study_id, "patient": row.patient_id, "image": row.image}
+        return {**ids, "split": row.split, "label": label, **values}
 
     # --- what lm-eval calls
 
@@ -251,7 +265,7 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         return dict.fromkeys(self.metric_names(), self.make_row(doc, results))
 
     @abstractmethod
-    def make_row(self, doc: Mapping[str, Any], results: Sequence[Any]) -> Any:
+    def make_row(self, doc: Mapping[str, Any], results: Sequence[Any]) -> Row:
         """The row of one document from the responses to its requests."""
 
     def estimates(self, rows: Sequence[Any]) -> Mapping[str, Estimate]:

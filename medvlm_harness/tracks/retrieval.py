@@ -48,8 +48,6 @@ NO_LABELS = {"No Finding"}
 class RetrievalRow(Row):
     """The vectors of one study; a text that the study lacks is left out."""
 
-    patient_id: str
-    split: str
     image_vector: Embedding
     texts: Mapping[str, Embedding]
     text_ids: Mapping[str, str]
@@ -83,11 +81,7 @@ class Retrieval(MedicalTask):
                 continue
             ids = {name: str(TextRef(text)) for name, text in texts.items()}
             yield {
-                "study_id": study.study_id,
-                "patient_id": study.patient_id,
-                "split": study.split,
-                "image": image.sha256,
-                "file": image.file,
+                **self.document_ids(study, image),
                 "texts": ids,
                 "target": ids["report"],
                 "positives": self._positives(study),
@@ -112,7 +106,7 @@ class Retrieval(MedicalTask):
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
         """The image first, then each text that the study has."""
         texts = self._texts[doc["study_id"]]
-        arguments = [self.image_ref(doc["image"], doc["file"]), *(TextRef(text) for text in texts.values())]
+        arguments = [self.image_ref(doc), *(TextRef(text) for text in texts.values())]
         return [
             Instance("embed", doc, (argument,), index, metadata=kwargs["metadata"])
             for index, argument in enumerate(arguments)
@@ -123,7 +117,7 @@ class Retrieval(MedicalTask):
         texts = dict(zip(doc["texts"], results[1:], strict=True))
         positives = None if doc["positives"] is None else tuple(doc["positives"])
         return RetrievalRow(
-            doc["study_id"], doc["file"], doc["patient_id"], doc["split"], results[0], texts, doc["texts"], positives
+            doc["study_id"], doc["patient_id"], doc["split"], doc["file"], results[0], texts, doc["texts"], positives
         )
 
     # --- metrics
@@ -187,15 +181,7 @@ class Retrieval(MedicalTask):
         """One record per study and direction: the expected rank of its own counterpart."""
         for row in rows:
             for direction, ranks in self.ranks.items():
-                yield {
-                    "task": self.task_name,
-                    "study": row.study_id,
-                    "patient": row.patient_id,
-                    "image": row.image,
-                    "split": row.split,
-                    "label": direction,
-                    "rank": ranks.get(row.study_id),
-                }
+                yield self.score_record(row, direction, rank=ranks.get(row.study_id))
 
 
 class _Summary:

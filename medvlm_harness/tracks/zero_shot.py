@@ -26,8 +26,6 @@ __all__ = ["ScoreRow", "ZeroShot"]
 class ScoreRow(Row):
     """The scores of one image, and the truth per label source (None: unlabelled or left out)."""
 
-    patient_id: str
-    split: str
     scores: LabelScores
     targets: Mapping[str, tuple[int | None, ...]]
 
@@ -95,15 +93,7 @@ class ZeroShot(MedicalTask):
     def make_documents(self) -> Iterator[dict[str, Any]]:
         """One document per image of the chosen views."""
         for study, image, targets in self._labelled(self.studies):
-            yield {
-                "study_id": study.study_id,
-                "patient_id": study.patient_id,
-                "split": study.split,
-                "image": image.sha256,
-                "file": image.file,
-                "target": targets[self.source],
-                "targets": targets,
-            }
+            yield {**self.document_ids(study, image), "target": targets[self.source], "targets": targets}
 
     def _labelled(self, studies: Iterable[Study]) -> Iterator[tuple[Study, Image, dict[str, list[int | None]]]]:
         """Images of the chosen views with their truth per source; one whose target field is empty is left out."""
@@ -163,13 +153,13 @@ class ZeroShot(MedicalTask):
 
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Instance:
         """The image, with the whole label set."""
-        arguments = (self.image_ref(doc["image"], doc["file"]), self.request_labels)
+        arguments = (self.image_ref(doc), self.request_labels)
         return Instance("classify", doc, arguments, 0, metadata=kwargs["metadata"])
 
     def make_row(self, doc: Mapping[str, Any], results: Sequence[LabelScores]) -> ScoreRow:
         """Scores and truth of one image."""
         targets = {source: tuple(values) for source, values in doc["targets"].items()}
-        return ScoreRow(doc["study_id"], doc["file"], doc["patient_id"], doc["split"], results[0], targets)
+        return ScoreRow(doc["study_id"], doc["patient_id"], doc["split"], doc["file"], results[0], targets)
 
     # --- metrics
 
@@ -233,15 +223,6 @@ class ZeroShot(MedicalTask):
     def score_records(self, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]]:
         """One record per image and label."""
         for row in rows:
-            for i, label in enumerate(self.label_set.names):
-                yield {
-                    "task": self.task_name,
-                    "study": row.study_id,
-                    "patient": row.patient_id,
-                    "image": row.image,
-                    "split": row.split,
-                    "label": label,
-                    "target": row.targets[self.source][i],
-                    "margin": row.scores.margin[i],
-                    "probability": row.scores.probability[i],
-                }
+            answers = zip(self.label_set.names, row.targets[self.source], *row.scores, strict=True)
+            for label, target, margin, probability in answers:
+                yield self.score_record(row, label, target=target, margin=margin, probability=probability)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 from medvlm_harness.errors import UserError
-from medvlm_harness.model_backends.cards import CARD_FILE, ModelCard, Prompts, Source, card_beside, file_sha256
+from medvlm_harness.model_backends.cards import CARD_FILE, ModelCard, Prompts, Source, card_beside
 
 CARD = ModelCard(name="some-clip", family="dual encoder", licence="mit", source=Source("org/name"))
 
@@ -73,9 +72,3 @@ def test_a_card_is_plain_json() -> None:
         name="a", family="generative", source=Source("o/n", "1" * 40, {"f": "h"}), prompts=Prompts(("{}",), ("no {}",))
     )
     assert json.loads(json.dumps(card.to_dict(), allow_nan=False))["source"]["revision"] == "1" * 40
-
-
-def test_a_file_is_hashed_by_its_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "f"
-    path.write_bytes(b"abc" * 1000)
-    assert file_sha256(path) == hashlib.sha256(b"abc" * 1000).hexdigest()
