@@ -216,7 +216,7 @@ def _write_scores(module: "Any") -> None:
 
         name_folder(self, results)
         save(self, results=results, samples=samples)
-        write_beside_results(self, results.scores)
+        write_beside_results(self, results, results.scores)
 
     tracker.save_results_aggregated = with_scores
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lm_eval.utils import sanitize_model_name
+from lm_eval.utils import handle_non_serializable, sanitize_model_name
 
 from medvlm_harness.errors import UserError
 
@@ -52,21 +54,25 @@ def name_folder(tracker: Any, results: Mapping[str, Any]) -> None:
         config.model_name_sanitized = sanitize_model_name(card["name"])
 
 
-def write_beside_results(tracker: Any, records: Sequence[dict[str, Any]]) -> Path:
+def write_beside_results(tracker: Any, results: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> Path:
     """Write `run_<date>/scores.parquet` beside lm-eval's `results_<date>.json`: a later run never overwrites it.
 
     Raises:
-        UserError: if lm-eval could not write its results there (it says so only in its log).
+        UserError: if lm-eval could not write its results there, which it says only in its log. They are then kept in a
+            temporary folder: a run may have taken days.
     """
     # The tracker sets its date when it writes; without one it failed before.
     output, date = Path(tracker.output_path), getattr(tracker, "date_id", None)
     if output.suffix == ".json":
-        folder, results = output.parent, output.with_name(f"{output.stem}_{date}.json")
+        folder, written = output.parent, output.with_name(f"{output.stem}_{date}.json")
     else:
         folder = output / tracker.general_config_tracker.model_name_sanitized
-        results = folder / f"results_{date}.json"
-    if not results.is_file():
-        raise UserError(f"The results could not be written to {results}: is the folder writable?")
+        written = folder / f"results_{date}.json"
+    if not written.is_file():
+        kept = Path(tempfile.mkdtemp(prefix="medvlm-results-"))
+        (kept / "results.json").write_text(json.dumps(results, default=handle_non_serializable), encoding="utf-8")
+        write_scores(kept / "scores.parquet", records)
+        raise UserError(f"The results could not be written to {written}: is the folder writable? They are in {kept}.")
     path = folder / f"run_{date}" / "scores.parquet"
     write_scores(path, records)
     return path

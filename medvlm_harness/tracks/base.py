@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -233,6 +234,29 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
     def _views(self) -> str:
         views = Counter(image.view or "unknown" for study in self.studies for image in study.images)
         return ", ".join(f"{view} {count}" for view, count in sorted(views.items()))
+
+    def doc_iterator(
+        self, *, rank: int = 0, limit: int | None = None, world_size: int = 1, samples: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Documents with their number; under --samples, in the order asked for.
+
+        lm-eval's own takes them in the set's order and then logs them under the ids as asked.
+
+        Raises:
+            UserError: if --samples asks for a document that is not there.
+        """
+        if not samples:
+            documents: Iterator[tuple[int, dict[str, Any]]] = super().doc_iterator(
+                rank=rank, limit=limit, world_size=world_size
+            )
+            return documents
+        for number in samples:
+            if not 0 <= number < len(self.documents):
+                raise UserError(
+                    f"{self.task_name}: --samples asks for document {number}, but they go from 0 to "
+                    f"{len(self.documents) - 1}."
+                )
+        return islice(enumerate(self.documents[number] for number in samples), rank, None, world_size)
 
     def test_docs(self) -> list[dict[str, Any]]:
         """The documents of the chosen splits."""

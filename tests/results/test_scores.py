@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -122,10 +123,17 @@ def test_two_runs_never_overwrite_each_other(run: Callable[..., Any], tmp_path: 
 
 
 @pytest.mark.parametrize("output", ["file/out", "file/out.json"])
-def test_a_folder_that_cannot_be_written_is_an_error(run: Callable[..., Any], tmp_path: Path, output: str) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error_and_nothing_is_lost(
+    run: Callable[..., Any], tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match=r"could not be written to .*writable"):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(UserError, match=r"could not be written to .*writable") as error:
         save(run(["syn_view"]), tmp_path / output)
+    (kept,) = tmp_path.glob("medvlm-results-*")
+    assert str(kept) in str(error.value)
+    assert "syn_view" in json.loads((kept / "results.json").read_text())["medvlm"]["tasks"]
+    assert pq.read_table(kept / "scores.parquet").num_rows > 0
 
 
 def test_without_an_output_path_nothing_is_written(

@@ -148,6 +148,17 @@ def test_a_constant_model_scores_one_half_and_undefined_is_nan(folder: Path, sco
     assert "no label has 10" in str(result.estimates["auroc"].reason)
 
 
+def test_samples_are_logged_under_the_number_they_have(folder: Path) -> None:
+    one = task(folder)
+    asked = [3, 0]
+    # lm-eval logs the k-th document that it gets as document asked[k].
+    pairs = dict(one.doc_iterator(samples=asked))
+    assert {asked[k]: document for k, document in pairs.items()} == {n: one.documents[n] for n in asked}
+    assert list(one.doc_iterator(samples=asked, rank=1, world_size=2)) == [(1, one.documents[0])]
+    with pytest.raises(UserError, match=r"document 4, but they go from 0 to 3"):
+        one.doc_iterator(samples=[4])
+
+
 def test_there_are_no_few_shot_examples(folder: Path) -> None:
     one = task(folder)
     assert (one.has_test_docs(), one.has_training_docs(), one.has_validation_docs()) == (True, False, False)
