@@ -58,7 +58,7 @@ def named_towers(architecture: str, pretrained: str, device: torch.device) -> To
             )
     if file is not None:
         model = _without_weights(architecture)
-        _load(model, file, f"architecture {architecture}")
+        _load(model, read_checkpoint(file), file, f"architecture {architecture}")
     else:
         # Weights trained with QuickGELU load into a model with GELU as well, and every embedding is then wrong.
         tag = {} if on_hub else open_clip.get_pretrained_cfg(architecture, pretrained)
@@ -95,13 +95,14 @@ def folder_towers(folder: Path, device: torch.device) -> Towers:
     if found is None:
         raise UserError(f"{folder} has {CONFIG_FILE} but no weights (*.safetensors, *.bin or *.pth).")
     weights = Path(found)
+    state = read_checkpoint(weights)
     options: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         if "hf_model_name" in text_config:
-            home = folder if (folder / "config.json").is_file() else _write_bert_config(weights, Path(scratch))
+            home = folder if (folder / "config.json").is_file() else _write_bert_config(state, folder, Path(scratch))
             options["text_cfg"] = {**text_config, "hf_model_name": str(home), "hf_model_pretrained": False}
         model = _without_weights(f"local-dir:{folder}", **options)
-    _load(model, weights, f"{CONFIG_FILE} of its folder")
+    _load(model, state, weights, f"{CONFIG_FILE} of its folder")
     try:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except (OSError, ValueError) as error:
@@ -144,8 +145,7 @@ def _without_weights(name: str, **options: Any) -> torch.nn.Module:
     return model
 
 
-def _load(model: torch.nn.Module, path: Path, target: str) -> None:
-    state = read_checkpoint(path)
+def _load(model: torch.nn.Module, state: dict[str, torch.Tensor], path: Path, target: str) -> None:
     # Buffers that older transformers saved and newer ones compute.
     state.pop("text.transformer.embeddings.position_ids", None)
     load_exactly(model, state, str(path), target)
@@ -202,16 +202,13 @@ def _truncated(tokenizer: Any, texts: list[str]) -> list[bool]:
     return [length > tokenizer.context_length for length in lengths]
 
 
-def _write_bert_config(weights: Path, folder: Path) -> Path:
+def _write_bert_config(state: dict[str, torch.Tensor], source: Path, folder: Path) -> Path:
     from transformers import BertConfig
 
-    state = read_checkpoint(weights)
     prefix = "text.transformer."
     embeddings = state.get(f"{prefix}embeddings.word_embeddings.weight")
     if embeddings is None:
-        raise UserError(
-            f"{weights.parent} needs a config.json for its text tower: only BERT's can be read from the weights."
-        )
+        raise UserError(f"{source} needs a config.json for its text tower: only BERT's can be read from the weights.")
     layers = {name.split(".")[4] for name in state if name.startswith(f"{prefix}encoder.layer.")}
     vocabulary, width = embeddings.shape
     config = BertConfig(

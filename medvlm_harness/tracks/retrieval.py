@@ -145,18 +145,15 @@ class Retrieval(MedicalTask):
             for direction, queries, gallery in (("i2t", images, texts), ("t2i", texts, images)):
                 ranked = rank_queries(queries, gallery, classes, classes)
                 asked = ranked.hits_tied > 0
+                ranked = _only(ranked, asked)
                 study_ids = np.array([row.study_id for row in items])[asked]
-                summary = _Summary(
-                    _only(ranked, asked), _only(floor, asked), ceiling and _only(ceiling, asked), study_ids
-                )
+                summary = _Summary(ranked, _only(floor, asked), ceiling and _only(ceiling, asked), study_ids)
                 for k in KS:
                     estimates[f"{direction}_recall@{k}{suffix}"] = summary.recall(k)
                 if suffix == "":
                     estimates[f"{direction}_mrr"] = summary.mean_reciprocal_rank()
                     estimates[f"{direction}_median_rank"] = summary.median_rank()
-                    self.ranks[direction] = dict(
-                        zip(study_ids.tolist(), expected_rank(_only(ranked, asked)), strict=True)
-                    )
+                    self.ranks[direction] = dict(zip(study_ids.tolist(), expected_rank(ranked), strict=True))
         return {name: estimates[name] for name in self.metric_names()}
 
     # --- results
