@@ -73,6 +73,23 @@ class Embedding:
     def __str__(self) -> str:
         return f"embedding@{hashlib.sha256(self.vector.tobytes()).hexdigest()[:12]}"
 
+    def to_bytes(self) -> bytes:
+        """As it is stored: one byte for `truncated` (0 None, 1 False, 2 True), then little-endian float32."""
+        flag = 0 if self.truncated is None else 1 + self.truncated
+        return bytes([flag]) + self.vector.astype("<f4").tobytes()
+
+    @classmethod
+    def from_bytes(cls, stored: bytes) -> Embedding:
+        """What `to_bytes` gave, bit for bit.
+
+        Raises:
+            ValueError: if it is nothing of the kind.
+        """
+        if len(stored) < 5 or stored[0] > 2:
+            raise ValueError(f"Expected a stored embedding, but got {len(stored)} other bytes.")
+        vector = np.frombuffer(stored, dtype="<f4", offset=1).astype(np.float32)
+        return cls(vector, None if stored[0] == 0 else stored[0] == 2)
+
 
 class LabelScores(NamedTuple):
     """Scores of one image for each label of a set, in its order.

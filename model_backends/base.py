@@ -20,8 +20,6 @@ __all__ = ["MedicalLM"]
 
 _log = logging.getLogger("lm_eval.medvlm")
 
-DEFAULT_BATCH_SIZE = 64
-
 
 class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     """A model under test.
@@ -37,8 +35,7 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     def __init__(self, *, batch_size: int | str | None = None, max_batch_size: int | None = None) -> None:
         super().__init__()
         self.batch_size = _batch_size(batch_size)
-        if max_batch_size is not None:
-            self.batch_size = min(self.batch_size, _batch_size(max_batch_size, "max_batch_size"))
+        self.max_batch_size = _batch_size(max_batch_size, "max_batch_size")
 
     # --- what it can do
 
@@ -104,6 +101,9 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
             UserError: for an unknown or missing option.
         """
         given = {k: v for k, v in (additional_config or {}).items() if v is not None and k in cls.options()}
+        # Of its command line lm-eval hands on text; the integer is its own default, which means that nobody asked.
+        if isinstance(given.get("batch_size"), int):
+            del given["batch_size"]
         for key in arg_dict:
             if key not in cls.options():
                 raise UserError(f"Unknown option {key!r} of model {cls.card.name}.{near_matches(key, cls.options())}")
@@ -119,9 +119,10 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
 
-def _batch_size(value: int | str | None, name: str = "batch_size") -> int:
+def _batch_size(value: int | str | None, name: str = "batch_size") -> int | None:
+    """A positive integer; None for automatic."""
     if value is None or (isinstance(value, str) and value.startswith("auto")):
-        return DEFAULT_BATCH_SIZE
+        return None
     try:
         size = float(value)
     except ValueError:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard, Prompts, Source
+from medvlm_harness.model_backends.checkpoints import OPEN_CLIP_CONFIG, Checkpoint, open_clip_folder
 from medvlm_harness.model_backends.clip import TowerBackend
-from medvlm_harness.model_backends.open_clip_towers import CONFIG_FILE, folder_towers, named_towers
 from medvlm_harness.model_backends.towers import Towers
 
 __all__ = ["BiomedClipBackend"]
@@ -35,15 +35,26 @@ class BiomedClipBackend(TowerBackend):
         reference="Zhang et al. 2023, arXiv 2303.00915",
     )
 
-    def build(self) -> Towers:
-        """From a folder, or through the Hub."""
+    def locate(self) -> Checkpoint:
+        """The folder's files; through the Hub there are none yet."""
         location = self.pretrained.removeprefix("local-dir:")
         folder = Path(location).expanduser()
         if folder.is_dir():
-            if not (folder / CONFIG_FILE).is_file():
-                raise UserError(f"Expected {folder} to hold {CONFIG_FILE}, as {HUB_ID} does, but it does not.")
-            return folder_towers(folder, self.device)
-        if location.startswith("hf-hub:"):
-            self.card = replace(self.card, source=Source(location.removeprefix("hf-hub:")))
-            return named_towers(location, "", self.device)
-        raise UserError(f"Expected pretrained to be a folder or hf-hub:{HUB_ID}, but there is nothing at {location}.")
+            if not (folder / OPEN_CLIP_CONFIG).is_file():
+                raise UserError(f"Expected {folder} to hold {OPEN_CLIP_CONFIG}, as {HUB_ID} does, but it does not.")
+            return open_clip_folder(folder)
+        if not location.startswith("hf-hub:"):
+            raise UserError(
+                f"Expected pretrained to be a folder or hf-hub:{HUB_ID}, but there is nothing at {location}."
+            )
+        self.card = replace(self.card, source=Source(location.removeprefix("hf-hub:")))
+        return Checkpoint()
+
+    def build(self) -> Towers:
+        """From a folder, or through the Hub."""
+        from medvlm_harness.model_backends.open_clip_towers import folder_towers, named_towers
+
+        if not self.checkpoint.weights:
+            return named_towers(self.pretrained.removeprefix("local-dir:"), "")
+        (weights,) = self.checkpoint.weights
+        return folder_towers(weights.parent, weights)

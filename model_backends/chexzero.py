@@ -5,7 +5,6 @@ Facts from rajpurkarlab/CheXzero, MIT: zero_shot.py (pair rule, ensemble), data_
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.nn.functional import interpolate
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard, Prompts, Source
+from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts, Vectors, unit
 from medvlm_harness.model_backends.open_clip_towers import load_exactly, read_checkpoint, wrap
 from medvlm_harness.model_backends.towers import Towers, refuse_key_mismatch
@@ -98,26 +98,35 @@ class CheXzeroBackend(DualEncoder):
         reference="Tiu et al. 2022, Nature Biomedical Engineering, s41551-022-00936-9",
     )
 
-    def load(self) -> None:
-        """Load the checkpoint, or every `*.pt` of a folder in the order of their names."""
+    def locate(self) -> Checkpoint:
+        """One checkpoint, or every `*.pt` of a folder in the order of their names."""
         path = Path(self.pretrained).expanduser()
         files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
             raise UserError(f"Expected pretrained to be a CheXzero checkpoint (.pt) or a folder of them, got {path}.")
+        return Checkpoint(tuple(files))
+
+    def load(self) -> None:
+        """Load every member."""
         self.members: list[Towers] = []
         sizes = set()
-        for file in files:
+        for file in self.checkpoint.weights:
             model = build_model(read_checkpoint(file), str(file))
             size = model.visual.image_size[0]
             sizes.add(size)
             tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-            self.members.append(wrap(model, tokenizer, self.device, (file,), preprocess=_Preprocess(size)))
+            self.members.append(wrap(model, tokenizer, preprocess=_Preprocess(size)))
         if len(sizes) > 1:
-            raise UserError(f"Expected the checkpoints in {path} to share one image size, but got {sorted(sizes)}.")
-        self.weight_files = tuple(files)
+            raise UserError(
+                f"Expected the checkpoints in {self.pretrained} to share one image size, but got {sorted(sizes)}."
+            )
+        self.model = torch.nn.ModuleList(member.model for member in self.members)
         self.logit_scale = self.members[0].logit_scale  # not used by the published rule
-        self.complete_card(files[0])
-        self.card = replace(self.card, parameters=sum(member.parameters for member in self.members))
+        self.parameters = sum(member.parameters for member in self.members)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What zero_shot.py and data_process.py fix."""
+        return {"canvas": CANVAS, "mean": MEAN, "std": STD}
 
     def preprocess(self, image: Image) -> torch.Tensor:
         """CheXzero's own, once for all members."""
@@ -133,7 +142,7 @@ class CheXzeroBackend(DualEncoder):
         return EncodedTexts(torch.cat([_unit(e.vectors) for e in encoded], dim=1), encoded[0].truncated)
 
     def _score(self, images: Vectors, label_set: LabelSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        if len(self.members) == 1 or label_set.kind == "multiclass":
+        if len(self.checkpoint.weights) == 1 or label_set.kind == "multiclass":
             return super()._score(images, label_set)
         positive, negative = self._phrases(label_set)
         if negative is None:
@@ -146,7 +155,7 @@ class CheXzeroBackend(DualEncoder):
         return np.log(probability) - np.log1p(-probability), probability
 
     def _split(self, vectors: Vectors) -> list[Vectors]:
-        return [unit(part) for part in np.split(vectors, len(self.members), axis=1)]
+        return [unit(part) for part in np.split(vectors, len(self.checkpoint.weights), axis=1)]
 
 
 class _Preprocess:

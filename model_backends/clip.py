@@ -12,6 +12,12 @@ from PIL.Image import Image
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard, Source
+from medvlm_harness.model_backends.checkpoints import (
+    OPEN_CLIP_CONFIG,
+    Checkpoint,
+    open_clip_folder,
+    transformers_folder,
+)
 from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts
 from medvlm_harness.model_backends.towers import Towers
 
@@ -22,14 +28,19 @@ class TowerBackend(DualEncoder):
     """A dual encoder whose towers another library builds."""
 
     def load(self) -> None:
-        """Build the towers and complete the card from them and from the file beside the weights."""
+        """Build the towers, and keep what they say of themselves."""
         self.towers = self.build()
+        self.model = self.towers.model
         self.logit_scale = self.towers.logit_scale
-        self.weight_files = self.towers.weight_files
-        measured = {"parameters": self.towers.parameters, "preprocessing": self.towers.preprocessing}
-        self.card = replace(self.card, **measured)  # type: ignore[arg-type]  # the two fields' own types
-        if self.weight_files:
-            self.complete_card(self.weight_files[0])
+        self.parameters = self.towers.parameters
+        self.transform = self.towers.preprocessing
+
+    def preprocessing(self) -> dict[str, Any]:
+        """The transform in words, of a model whose files are not known beforehand."""
+        if self.checkpoint.settings:
+            return {}
+        self.ensure_loaded()
+        return {"transform": self.transform}
 
     @abstractmethod
     def build(self) -> Towers:
@@ -67,38 +78,54 @@ class ClipBackend(TowerBackend):
         self.architecture, self.model_revision = architecture, model_revision
         super().__init__(**options)
 
-    def build(self) -> Towers:
+    def locate(self) -> Checkpoint:
         """Decide by what `pretrained` is."""
-        from open_clip import list_models
-
-        from medvlm_harness.model_backends.open_clip_towers import CONFIG_FILE, folder_towers, named_towers
-        from medvlm_harness.model_backends.transformers_towers import transformers_towers
-
         location = self.pretrained.removeprefix("local-dir:")
         path = Path(location).expanduser()
         name = path.name if path.exists() else location
         source = None if path.exists() else Source(location, self.model_revision)
         self.card = replace(self.card, name=name, source=source)
         if path.is_dir():
-            if (path / CONFIG_FILE).is_file():
-                return folder_towers(path, self.device)
+            if (path / OPEN_CLIP_CONFIG).is_file():
+                return open_clip_folder(path)
             if (path / "config.json").is_file():
-                return transformers_towers(str(path), self.device)
+                return transformers_folder(path)
             raise UserError(
-                f"Expected {path} to hold {CONFIG_FILE} (open_clip) or config.json (transformers), but it has neither."
+                f"Expected {path} to hold {OPEN_CLIP_CONFIG} (open_clip) or config.json (transformers), "
+                "but it has neither."
             )
-        name_and_tag = location.split("/")
-        if self.architecture is None and len(name_and_tag) == 2 and name_and_tag[0] in list_models():
-            return named_towers(name_and_tag[0], name_and_tag[1], self.device)
-        if self.architecture is not None:
-            return named_towers(self.architecture, location, self.device)
-        if location.startswith("hf-hub:"):
-            return named_towers(location, "", self.device)
         if path.is_file():
-            raise UserError(
-                f"{path} is a checkpoint file: name its open_clip architecture too, such as "
-                f"--model_args pretrained={path},architecture=ViT-B-32-quickgelu"
-            )
-        if self.pretrained.startswith("local-dir:") or location.startswith((".", "/", "~")) or location.count("/") > 1:
+            if self.architecture is None:
+                raise UserError(
+                    f"{path} is a checkpoint file: name its open_clip architecture too, such as "
+                    f"--model_args pretrained={path},architecture=ViT-B-32-quickgelu"
+                )
+            return Checkpoint((path,), options={"architecture": self.architecture})
+        named = self.architecture is not None or location.startswith("hf-hub:")
+        looks_like_a_path = location.startswith((".", "/", "~")) or location.count("/") > 1
+        if not named and (self.pretrained.startswith("local-dir:") or looks_like_a_path):
             raise UserError(f"Expected pretrained to be a folder or a file, but there is nothing at {location}.")
-        return transformers_towers(location, self.device, revision=self.model_revision)
+        return Checkpoint()
+
+    def build(self) -> Towers:
+        """From the files found, or by name."""
+        from open_clip import list_models
+
+        from medvlm_harness.model_backends.open_clip_towers import folder_towers, named_towers
+        from medvlm_harness.model_backends.transformers_towers import transformers_towers
+
+        location = self.pretrained.removeprefix("local-dir:")
+        if self.checkpoint.settings:
+            folder = self.checkpoint.settings[0].parent
+            if (folder / OPEN_CLIP_CONFIG).is_file():
+                return folder_towers(folder, self.checkpoint.weights[0])
+            return transformers_towers(str(folder))
+        if self.architecture is not None:
+            files = [str(path) for path in self.checkpoint.weights]
+            return named_towers(self.architecture, files[0] if files else location)
+        if location.startswith("hf-hub:"):
+            return named_towers(location, "")
+        name, _, tag = location.partition("/")
+        if name in list_models():
+            return named_towers(name, tag)
+        return transformers_towers(location, revision=self.model_revision)

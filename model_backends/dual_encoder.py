@@ -1,18 +1,14 @@
 """Dual encoders: one tower for images, one for texts, compared by cosine.
 
 A subclass loads its weights and says how pixels are prepared and both towers are run; batching, decoding in worker
-threads, `embed` and `classify` are here.
+threads, the store, `embed` and `classify` are here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -23,12 +19,11 @@ from PIL.Image import Image
 from scipy.special import expit
 from tqdm import tqdm
 
-from medvlm_harness.data.images import open_image
-from medvlm_harness.data.records import file_sha256
 from medvlm_harness.errors import UserError
-from medvlm_harness.model_backends.base import MedicalLM
-from medvlm_harness.model_backends.cards import card_beside
-from medvlm_harness.requests import Capability, Embedding, ImageRef, LabelScores, LabelSet
+from medvlm_harness.model_backends.batching import slots
+from medvlm_harness.model_backends.decoding import prepared
+from medvlm_harness.model_backends.torch_backend import TorchBackend
+from medvlm_harness.requests import Capability, Embedding, ImageRef, LabelScores, LabelSet, TextRef
 
 __all__ = ["DualEncoder", "EncodedTexts", "PromptChoice"]
 
@@ -36,6 +31,7 @@ _log = logging.getLogger("lm_eval.medvlm")
 
 Vectors = NDArray[np.float32]
 PromptChoice = Literal["task", "published"]
+DECODE_THREADS = 2
 
 
 class EncodedTexts(NamedTuple):
@@ -45,7 +41,7 @@ class EncodedTexts(NamedTuple):
     truncated: list[bool]  # per text: did the tokenizer cut it
 
 
-class DualEncoder(MedicalLM):
+class DualEncoder(TorchBackend):
     """An image tower and a text tower in one space.
 
     `classify` scores a label by cosines with its phrases. The embeddings of a label's positive phrases are averaged and
@@ -55,20 +51,11 @@ class DualEncoder(MedicalLM):
     """
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"classify:image", "embed:image", "embed:text"})
+    FACTS: ClassVar[tuple[str, ...]] = (*TorchBackend.FACTS, "logit_scale")
     logit_scale: float = 1.0  # multiplies cosines, where the card's probability_scale says so
-    weight_files: tuple[Path, ...] = ()
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        device: str | None = None,
-        prompts: PromptChoice = "task",
-        decode_threads: int = 2,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, prompts: PromptChoice = "task", decode_threads: int = DECODE_THREADS, **options: Any) -> None:
         super().__init__(**options)
-        self._device = pick_device(device)
         if prompts not in ("task", "published"):
             raise UserError(f"Expected prompts to be task or published, but got {prompts!r}.")
         if prompts == "published" and self.card.prompts is None:
@@ -76,22 +63,12 @@ class DualEncoder(MedicalLM):
         if not isinstance(decode_threads, int) or decode_threads < 1:
             raise UserError(f"Expected decode_threads to be 1 or more, but got {decode_threads!r}.")
         self.prompts, self.decode_threads = prompts, decode_threads
-        self.pretrained = str(pretrained)
-        self.images_encoded = self.texts_encoded = 0
+        self.images_encoded = self.texts_encoded = self.images_recalled = self.texts_recalled = 0
         self._image_vectors: dict[str, Vectors] = {}
         self._text_vectors: dict[str, Embedding] = {}
         self._label_vectors: dict[str, tuple[Vectors, Vectors | None]] = {}
-        self.load()
 
-    # --- for subclasses
-
-    @abstractmethod
-    def load(self) -> None:
-        """Load `self.pretrained`; set `logit_scale` and `weight_files`, and complete the card.
-
-        Raises:
-            UserError: if the checkpoint is missing or does not fit; every missing or unexpected key is a failure.
-        """
+    # --- for subclasses, beside `locate` and `load`
 
     @abstractmethod
     def preprocess(self, image: Image) -> torch.Tensor:
@@ -123,6 +100,7 @@ class DualEncoder(MedicalLM):
 
     def classify(self, requests: Sequence[Instance]) -> list[LabelScores]:
         """Scores of each image for each label of its set."""
+        self.learn()
         self._encode_new_images([request.arguments[0] for request in requests])
         responses: list[LabelScores | None] = [None] * len(requests)
         by_set: dict[str, list[int]] = {}
@@ -181,88 +159,96 @@ class DualEncoder(MedicalLM):
     # --- encoding
 
     def _encode_new_images(self, images: Sequence[ImageRef]) -> None:
-        new = list({str(image): image for image in images if image not in self._image_vectors}.values())
-        with tqdm(
-            total=len(new), desc="Encoding images", unit="image", disable=not new or self.rank > 0, mininterval=1
-        ) as progress:
-            for refs, pixels in self._batches(new):
-                with torch.inference_mode():
-                    encoded = self.encode_images(pixels.to(self.device))
-                vectors = unit(encoded.float().cpu().numpy())
-                self._image_vectors.update(zip(map(str, refs), vectors, strict=True))
-                self.images_encoded += len(refs)
-                progress.update(len(refs))
+        new = {str(image): image for image in images if image not in self._image_vectors}
+        if not new:
+            return
+        space = self.space("embed:image")
+        stored = self.recall(space, new, Embedding.from_bytes)
+        self._image_vectors.update({key: embedding.vector for key, embedding in stored.items()})
+        self.images_recalled += len(stored)
+        missing = [image for key, image in new.items() if key not in stored]
+        for refs, pixels in self._pixels(missing):
+            parts = self.batching.in_parts(pixels, self._encode_pixels)
+            vectors = dict(zip(map(str, refs), unit(torch.cat(parts).numpy()), strict=True))
+            self.keep(space, {key: Embedding(vector).to_bytes() for key, vector in vectors.items()})
+            self._image_vectors.update(vectors)
+            self.images_encoded += len(refs)
 
-    def _batches(self, refs: Sequence[ImageRef]) -> Iterator[tuple[list[ImageRef], torch.Tensor]]:
-        """Batches of prepared pixels; worker threads stay at most two batches ahead, so few images are held at once."""
-        with ThreadPoolExecutor(self.decode_threads) as pool:
-            waiting: deque[tuple[ImageRef, Future[torch.Tensor]]] = deque()
-            batch: list[tuple[ImageRef, torch.Tensor]] = []
-            upcoming = iter(refs)
-            try:
-                while True:
-                    while len(waiting) < self.batch_size + 2 * self.decode_threads:
-                        if (ref := next(upcoming, None)) is None:
-                            break
-                        waiting.append((ref, pool.submit(self._pixels, ref)))
-                    if waiting:
-                        ref, future = waiting.popleft()
-                        batch.append((ref, future.result()))
-                    if batch and (len(batch) == self.batch_size or not waiting):
-                        yield [ref for ref, _ in batch], torch.stack([pixels for _, pixels in batch])
-                        batch = []
-                    if not waiting and not batch:
-                        return
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    def _pixels(self, refs: Sequence[ImageRef]) -> Iterator[tuple[Sequence[ImageRef], torch.Tensor]]:
+        """Slots of images with their pixels; shows how far it is, how fast, and the time left."""
+        if not refs:
+            return
+        self.ensure_loaded()
+        size = self._batch_size(refs[0])
+        batches = prepared(slots(refs, size), self.preprocess, ahead=size, threads=self.decode_threads)
+        with self._progress("images", len(refs)) as progress:
+            for slot, pixels in batches:
+                yield slot, pixels
+                progress.update(len(slot))
 
-    def _pixels(self, ref: ImageRef) -> torch.Tensor:
-        return self.preprocess(open_image(ref.path, expected_sha256=str(ref)))
+    def _batch_size(self, ref: ImageRef) -> int:
+        """As asked, or tried with copies of one image."""
+
+        def attempt(n: int) -> None:
+            ((_, pixels),) = prepared(iter([[ref]]), self.preprocess, ahead=1, threads=1)
+            self._encode_pixels(pixels.expand(n, *pixels.shape[1:]))
+
+        return self.batching.of(self.device, attempt)
+
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.encode_images(pixels.to(self.device, self.dtype)).float().cpu()
 
     def _encode_new_texts(self, texts: Sequence[str]) -> None:
-        # By length, so that a batch pads little.
-        new = sorted({text for text in texts if text not in self._text_vectors}, key=len)
-        for start in range(0, len(new), self.batch_size):
-            batch = new[start : start + self.batch_size]
+        new = {str(TextRef(text)): text for text in texts if text not in self._text_vectors}
+        if not new:
+            return
+        space = self.space("embed:text")
+        stored = self.recall(space, new, Embedding.from_bytes)
+        self._text_vectors.update({new[key]: embedding for key, embedding in stored.items()})
+        self.texts_recalled += len(stored)
+        # By length, so that a batch pads little; texts of one length in a fixed order, so that slots are fixed.
+        missing = sorted((text for key, text in new.items() if key not in stored), key=lambda text: (len(text), text))
+        if missing:
+            self.ensure_loaded()
+        size = self.batching.of(self.device)
+        with self._progress("texts", len(missing)) as progress:
+            for slot in slots(missing, size):
+                encoded = self._encode_slot(slot)
+                self.keep(space, {str(TextRef(text)): embedding.to_bytes() for text, embedding in encoded.items()})
+                self._text_vectors.update(encoded)
+                self.texts_encoded += len(slot)
+                progress.update(len(slot))
+
+    def _encode_slot(self, texts: Sequence[str]) -> dict[str, Embedding]:
+        def encode(part: Sequence[str]) -> tuple[torch.Tensor, list[bool]]:
             with torch.inference_mode():
-                encoded = self.encode_texts(batch)
-            vectors = unit(encoded.vectors.float().cpu().numpy())
-            for text, vector, truncated in zip(batch, vectors, encoded.truncated, strict=True):
-                self._text_vectors[text] = Embedding(vector, truncated)
-            self.texts_encoded += len(batch)
+                encoded = self.encode_texts(list(part))
+            return encoded.vectors.float().cpu(), encoded.truncated
+
+        parts = self.batching.in_parts(texts, encode)
+        vectors = unit(torch.cat([vectors for vectors, _ in parts]).numpy())
+        truncated = [cut for _, flags in parts for cut in flags]
+        return {text: Embedding(vector, cut) for text, vector, cut in zip(texts, vectors, truncated, strict=True)}
+
+    def _progress(self, what: str, total: int) -> tqdm[Any]:
+        hidden = total == 0 or self.rank > 0
+        return tqdm(total=total, desc=f"Encoding {what}", unit=what.removesuffix("s"), disable=hidden, mininterval=1)
 
     # --- results
 
-    def complete_card(self, weights: Path) -> None:
-        """Add what the `medvlm_card.yaml` beside the weights says."""
-        self.card = card_beside(weights, self.card)
-
     def describe(self) -> dict[str, Any]:
-        """Card, weights hash, precision, prompts and scale."""
-        hashes = {path.name: file_sha256(path) for path in self.weight_files}
-        combined = hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest() if hashes else None
+        """Adds prompts, scale, and how much was computed and how much came from the store."""
         return {
-            "card": self.card.to_dict(),
-            "weights_sha256": combined if len(hashes) > 1 else next(iter(hashes.values()), None),
-            "weight_files_sha256": hashes,
-            "precision": "float32",
+            **super().describe(),
             "prompts": self.prompts,
             "probability_scale": self.card.probability_scale,
             "logit_scale": self.logit_scale,
-            "device": str(self.device),
             "images_encoded": self.images_encoded,
+            "images_recalled": self.images_recalled,
             "texts_encoded": self.texts_encoded,
+            "texts_recalled": self.texts_recalled,
         }
-
-
-def pick_device(device: str | None) -> torch.device:
-    """The device asked for; lm-eval says cuda:0 when nothing was asked, which without CUDA means: choose."""
-    if device in (None, "", "auto") or (str(device).startswith("cuda") and not torch.cuda.is_available()):
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(str(device))
-    except RuntimeError as error:
-        raise UserError(f"Expected device to be cpu, cuda, cuda:N or mps, but got {device!r}.") from error
 
 
 def unit(vectors: NDArray[Any]) -> Vectors:

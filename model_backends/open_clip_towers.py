@@ -12,17 +12,16 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import _find_checkpoint_in_dir as find_checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.model_backends.checkpoints import OPEN_CLIP_CONFIG
 from medvlm_harness.model_backends.dual_encoder import EncodedTexts
 from medvlm_harness.model_backends.towers import Towers, refuse_key_mismatch
 
-__all__ = ["CONFIG_FILE", "folder_towers", "load_exactly", "named_towers", "read_checkpoint", "wrap"]
+__all__ = ["folder_towers", "load_exactly", "named_towers", "read_checkpoint", "wrap"]
 
-CONFIG_FILE = "open_clip_config.json"
 # What torch.load(weights_only=True) and safetensors raise on a file that is damaged, foreign or holds code.
 _LOAD_ERRORS = (
     pickle.UnpicklingError,
@@ -38,7 +37,7 @@ _LOAD_ERRORS = (
 )
 
 
-def named_towers(architecture: str, pretrained: str, device: torch.device) -> Towers:
+def named_towers(architecture: str, pretrained: str) -> Towers:
     """A built-in architecture with a published tag or a checkpoint file, or an `hf-hub:` name.
 
     Raises:
@@ -73,10 +72,10 @@ def named_towers(architecture: str, pretrained: str, device: torch.device) -> To
                 "Without a network, give a local folder or file: pretrained=PATH."
             ) from error
     tokenizer = open_clip.get_tokenizer(architecture)
-    return wrap(model, tokenizer, device, (file,) if file else ())
+    return wrap(model, tokenizer)
 
 
-def folder_towers(folder: Path, device: torch.device) -> Towers:
+def folder_towers(folder: Path, weights: Path) -> Towers:
     """A folder in open_clip's `local-dir:` layout: open_clip_config.json, weights, and tokenizer files if it has any.
 
     No part of it is looked for on the Hub: the configuration of a BERT text tower is read from the folder's
@@ -86,15 +85,11 @@ def folder_towers(folder: Path, device: torch.device) -> Towers:
         UserError: if a file is missing or does not fit.
     """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
         model_config = config["model_cfg"]
         text_config = model_config["text_cfg"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: expected JSON with model_cfg.text_cfg ({error!r}).") from error
-    found = find_checkpoint(folder)
-    if found is None:
-        raise UserError(f"{folder} has {CONFIG_FILE} but no weights (*.safetensors, *.bin or *.pth).")
-    weights = Path(found)
+        raise UserError(f"{folder / OPEN_CLIP_CONFIG}: expected JSON with model_cfg.text_cfg ({error!r}).") from error
     state = read_checkpoint(weights)
     options: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,12 +97,12 @@ def folder_towers(folder: Path, device: torch.device) -> Towers:
             home = folder if (folder / "config.json").is_file() else _write_bert_config(state, folder, Path(scratch))
             options["text_cfg"] = {**text_config, "hf_model_name": str(home), "hf_model_pretrained": False}
         model = _without_weights(f"local-dir:{folder}", **options)
-    _load(model, state, weights, f"{CONFIG_FILE} of its folder")
+    _load(model, state, weights, f"{OPEN_CLIP_CONFIG} of its folder")
     try:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no tokenizer that loads: {_first_line(error)}") from error
-    return wrap(model, tokenizer, device, (weights,))
+    return wrap(model, tokenizer)
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -171,35 +166,60 @@ def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
     model.load_state_dict(fitting, strict=True)
 
 
-def wrap(
-    model: Any, tokenizer: Any, device: torch.device, weight_files: tuple[Path, ...], preprocess: Any = None
-) -> Towers:
+def wrap(model: Any, tokenizer: Any, preprocess: Any = None) -> Towers:
     """Towers around an open_clip model; `preprocess` replaces the model's own evaluation transform."""
-    model = model.float().to(device).eval()
+    model = model.float().eval()
     config = open_clip.transform.PreprocessCfg(**open_clip.model.get_model_preprocess_cfg(model))
     transform = preprocess or open_clip.transform.image_transform_v2(config, is_train=False)
+    # Where no token sees those behind it and the end token gives the vector, padding need not be computed.
+    trims = (
+        type(model) is open_clip.CLIP
+        and isinstance(tokenizer, open_clip.SimpleTokenizer)
+        and model.text_pool_type in ("argmax", "eos")
+    )
 
     def encode_texts(texts: list[str]) -> EncodedTexts:
-        vectors = model.encode_text(tokenizer(texts).to(device))
-        return EncodedTexts(vectors, _truncated(tokenizer, texts))
+        ids = tokenizer(texts)
+        truncated = _truncated(tokenizer, texts, ids)
+        ids = ids.to(model.logit_scale.device)
+        return EncodedTexts(_encode_trimmed(model, ids) if trims else model.encode_text(ids), truncated)
 
     return Towers(
+        model=model,
         preprocess=transform,
         encode_images=model.encode_image,
         encode_texts=encode_texts,
         logit_scale=float(model.logit_scale.detach().exp()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         preprocessing=str(config),
-        weight_files=weight_files,
     )
 
 
-def _truncated(tokenizer: Any, texts: list[str]) -> list[bool]:
+def _encode_trimmed(model: open_clip.CLIP, ids: torch.Tensor) -> torch.Tensor:
+    """The text tower of a CLIP on the longest text of the batch instead of the whole context: the same vectors.
+
+    Reports are shorter than 77 tokens, labels much shorter. Source: Radford et al. 2021, arXiv 2103.00020, section 2.4:
+    masked self-attention, features from the end token.
+    """
+    length = int((ids != 0).sum(dim=1).max())  # the tokenizer pads with 0 behind the end token
+    ids = ids[:, :length]
+    hidden = model.token_embedding(ids) + model.positional_embedding[:length]
+    hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
+    end = ids.argmax(dim=-1)  # the end token has the largest number
+    pooled = model.ln_final(hidden)[torch.arange(len(ids), device=ids.device), end]
+    projection = model.text_projection
+    vectors: torch.Tensor = projection(pooled) if isinstance(projection, torch.nn.Module) else pooled @ projection
+    return vectors
+
+
+def _truncated(tokenizer: Any, texts: list[str], ids: torch.Tensor) -> list[bool]:
+    """Which texts were cut: of those that fill the context, the ones that are longer without a limit."""
+    full = (ids[:, -1] != 0).tolist()
+    longest = tokenizer.context_length
     if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside
-        lengths = [len(ids) for ids in tokenizer.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
-    else:
-        lengths = [len(tokenizer.encode(text)) + 2 for text in texts]  # + start and end of text
-    return [length > tokenizer.context_length for length in lengths]
+        lengths = [len(row) for row in tokenizer.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+        return [length > longest for length in lengths]
+    return [filled and len(tokenizer.encode(text)) + 2 > longest for filled, text in zip(full, texts, strict=True)]
 
 
 def _write_bert_config(state: dict[str, torch.Tensor], source: Path, folder: Path) -> Path:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from medvlm_harness.demo.tiny import WEIGHTS_FILE, load_tiny, preprocess
+from medvlm_harness.demo import tiny
+from medvlm_harness.demo.tiny import CONFIG_FILE, WEIGHTS_FILE, load_tiny, preprocess
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts
 
 __all__ = ["TinyBackend"]
@@ -33,14 +35,26 @@ class TinyBackend(DualEncoder):
     def __init__(self, *, pretrained: str = PACKAGED, **options: Any) -> None:
         super().__init__(pretrained=pretrained, **options)
 
-    def load(self) -> None:
-        """The packaged weights."""
+    def locate(self) -> Checkpoint:
+        """The packaged weights, with their vocabulary."""
         if self.pretrained != PACKAGED:
             raise UserError(f"medvlm-tiny comes with its weights: leave out pretrained={self.pretrained}.")
-        self.model = load_tiny().to(self.device)
-        self.logit_scale = float(self.model.logit_scale)
-        with as_file(files("medvlm_harness.demo") / WEIGHTS_FILE) as path:
-            self.weight_files = (path,)
+        paths = []
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            with as_file(files("medvlm_harness.demo") / name) as path:
+                paths.append(path)
+        return Checkpoint((paths[0],), (paths[1],))
+
+    def load(self) -> None:
+        """The model, on the CPU."""
+        self.tiny = load_tiny()
+        self.model = self.tiny
+        self.logit_scale = float(self.tiny.logit_scale)
+        self.parameters = sum(parameter.numel() for parameter in self.tiny.parameters())
+
+    def preprocessing(self) -> dict[str, Any]:
+        """The constants of demo/tiny.py."""
+        return {"size": tiny.IMAGE_SIZE, "mean": tiny.PIXEL_MEAN, "std": tiny.PIXEL_STD, "tokens": tiny.MAX_TOKENS}
 
     def preprocess(self, image: Image) -> torch.Tensor:
         """(1, 96, 96)."""
@@ -48,9 +62,9 @@ class TinyBackend(DualEncoder):
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n, 1, 96, 96) -> (n, 64)."""
-        return self.model.encode_images(pixels)
+        return self.tiny.encode_images(pixels)
 
     def encode_texts(self, texts: list[str]) -> EncodedTexts:
         """(n, 64), and which texts were cut."""
-        ids, truncated = self.model.tokenize(texts)
-        return EncodedTexts(self.model.encode_texts(ids.to(self.device)), truncated.tolist())
+        ids, truncated = self.tiny.tokenize(texts)
+        return EncodedTexts(self.tiny.encode_texts(ids.to(self.device)), truncated.tolist())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL.Image import Image
@@ -17,15 +16,15 @@ __all__ = ["Towers", "refuse_key_mismatch"]
 
 @dataclass(frozen=True, slots=True)
 class Towers:
-    """A loaded model, in evaluation mode and float32."""
+    """A loaded model in float32, and how it is asked; it may be cast and moved afterwards."""
 
+    model: torch.nn.Module
     preprocess: Callable[[Image], torch.Tensor]  # -> (channels, height, width)
     encode_images: Callable[[torch.Tensor], torch.Tensor]  # (n, channels, height, width) -> (n, d)
     encode_texts: Callable[[list[str]], EncodedTexts]
     logit_scale: float
     parameters: int
     preprocessing: str
-    weight_files: tuple[Path, ...] = ()
     revision: str | None = None
 
 

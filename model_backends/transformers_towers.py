@@ -15,7 +15,7 @@ from medvlm_harness.model_backends.towers import Towers, refuse_key_mismatch
 __all__ = ["transformers_towers"]
 
 
-def transformers_towers(location: str, device: torch.device, *, revision: str | None = None) -> Towers:
+def transformers_towers(location: str, *, revision: str | None = None) -> Towers:
     """A folder (or Hub name) as transformers saves it: config.json, weights, tokenizer and image processor.
 
     Raises:
@@ -39,7 +39,7 @@ def transformers_towers(location: str, device: torch.device, *, revision: str | 
     )
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise UserError(f"{location} holds a {type(model).__name__}, which is no dual encoder of images and texts.")
-    model = model.to(device).eval()
+    model = model.eval()
     length = int(model.config.text_config.max_position_embeddings)
     # SigLIP was trained with texts padded to full length; the others mask padding.
     padding = "max_length" if "siglip" in model.config.model_type else "longest"
@@ -52,21 +52,22 @@ def transformers_towers(location: str, device: torch.device, *, revision: str | 
         return _pooled(model.get_image_features(pixel_values=pixels))
 
     def encode_texts(texts: list[str]) -> EncodedTexts:
-        batch = tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt").to(device)
+        batch = tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt").to(
+            model.device
+        )
         names = ("input_ids",) if padding == "max_length" else ("input_ids", "attention_mask")
         vectors = _pooled(model.get_text_features(**{name: batch[name] for name in names}))
         lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
         return EncodedTexts(vectors, [n > length for n in lengths])
 
-    weights = sorted(p for p in Path(location).glob("*") if p.suffix in (".safetensors", ".bin")) if local else []
     return Towers(
+        model=model,
         preprocess=preprocess,
         encode_images=encode_images,
         encode_texts=encode_texts,
         logit_scale=float(model.logit_scale.detach().exp()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         preprocessing=" ".join(str(processor).split()),
-        weight_files=tuple(weights),
         revision=getattr(model.config, "_commit_hash", None),
     )
 

@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT_HEADER = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
 
 
+@pytest.fixture(autouse=True)
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a store of its own, and the user's is never touched."""
+    monkeypatch.setenv("MEDVLM_STORE", str(tmp_path / "store.sqlite"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data for development; tests on it are skipped elsewhere."""

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from medvlm_harness.cache import cache_folder
 from medvlm_harness.data.prepare import prepare_reading
 from medvlm_harness.data.records import MANIFEST_FILE, STUDIES_FILE, Dataset, read_dataset
 from medvlm_harness.data.sources.base import ReadLog
@@ -23,8 +24,7 @@ _SHOWN_NAMES = {"iu_cxr": "IU-CXR"}
 
 def user_cache() -> Path:
     """`medvlm_harness/data` below $XDG_CACHE_HOME or ~/.cache; it need not exist."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "medvlm_harness" / "data"
+    return cache_folder() / "data"
 
 
 def data_root() -> Path:

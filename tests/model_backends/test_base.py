@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from medvlm_harness.errors import UserError
-from medvlm_harness.model_backends.base import DEFAULT_BATCH_SIZE, MedicalLM
+from medvlm_harness.model_backends.base import MedicalLM
 from medvlm_harness.model_backends.cards import ModelCard
 
 
@@ -56,15 +56,17 @@ def test_lm_evals_own_arguments_fill_in_what_is_not_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [(None, DEFAULT_BATCH_SIZE), ("auto", DEFAULT_BATCH_SIZE), ("auto:4", 64), ("8", 8), (3, 3)]
+    ("given", "expected"), [(None, None), ("auto", None), ("auto:4", None), ("8", 8), ("1", 1), (3, 3)]
 )
-def test_batch_sizes_are_read_as_lm_eval_writes_them(given: int | str | None, expected: int) -> None:
+def test_batch_sizes_are_read_as_lm_eval_writes_them(given: int | str | None, expected: int | None) -> None:
     assert Plain(batch_size=given).batch_size == expected
 
 
-def test_a_maximum_caps_the_batch_size() -> None:
-    assert Plain(batch_size="auto", max_batch_size=16).batch_size == 16
-    assert Plain(batch_size=8, max_batch_size=16).batch_size == 8
+def test_one_that_nobody_asked_for_is_automatic() -> None:
+    # lm-eval's own default arrives as the integer 1, what was typed as text.
+    assert Plain.create_from_arg_string("", {"batch_size": 1}).batch_size is None
+    assert Plain.create_from_arg_string("", {"batch_size": "1"}).batch_size == 1
+    assert Plain.create_from_arg_string("batch_size=1", {"batch_size": 1}).batch_size == 1
 
 
 @pytest.mark.parametrize("value", [0, -1, "0", "many", "1.5", ""])

@@ -107,11 +107,12 @@ def test_a_folder_loads_without_a_network_and_equals_the_model_that_wrote_it(
         shutil.copy(written.bert_config, folder)
     refs = images(3)
     backend = BiomedClipBackend(pretrained=str(folder), device="cpu")
+    backend.learn()
     ours = np.stack([e.vector for e in backend.embed(embed_requests([*refs, *TEXTS]))])
     assert np.allclose(ours, written.encode(refs, TEXTS), rtol=0, atol=1e-5)
     assert backend.card.parameters == sum(p.numel() for p in written.model.parameters())
     assert backend.card.licence == "mit"
-    assert [path.name for path in backend.weight_files] == ["open_clip_pytorch_model.bin"]
+    assert [path.name for path in backend.checkpoint.weights] == ["open_clip_pytorch_model.bin"]
 
 
 def test_one_head_in_place_of_two_would_be_seen(
@@ -123,6 +124,7 @@ def test_one_head_in_place_of_two_would_be_seen(
     folder = shutil.copytree(written.folder, tmp_path / "copy")
     BertConfig(**BERT | {"num_attention_heads": 1}).save_pretrained(folder)
     backend = BiomedClipBackend(pretrained=f"local-dir:{folder}", device="cpu")
+    backend.learn()
     ours = np.stack([e.vector for e in backend.embed(embed_requests(TEXTS))])
     assert np.abs(ours - written.encode(images(1), TEXTS)[1:]).max() > 1e-3
 
@@ -132,15 +134,16 @@ def test_buffers_of_older_releases_are_left_aside(written: Written, tmp_path: Pa
     state = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
     state["text.transformer.embeddings.position_ids"] = torch.arange(40)[None]
     torch.save(state, folder / "open_clip_pytorch_model.bin")
-    BiomedClipBackend(pretrained=str(folder), device="cpu")
+    BiomedClipBackend(pretrained=str(folder), device="cpu").ensure_loaded()
     state["text.transformer.embeddings.other"] = torch.arange(40)
     torch.save(state, folder / "open_clip_pytorch_model.bin")
     with pytest.raises(UserError, match="0 keys missing, 1 unexpected"):
-        BiomedClipBackend(pretrained=str(folder), device="cpu")
+        BiomedClipBackend(pretrained=str(folder), device="cpu").ensure_loaded()
 
 
 def test_truncation_is_told(written: Written, embed_requests: Callable[..., list[Instance]]) -> None:
     backend = BiomedClipBackend(pretrained=str(written.folder), device="cpu")
+    backend.learn()
     texts = [" ".join(["edema"] * words) for words in (1, CONTEXT - 2, CONTEXT - 1, 60)]
     assert [e.truncated for e in backend.embed(embed_requests(texts))] == [False, False, True, True]
 
@@ -151,6 +154,7 @@ def test_published_prompts_are_the_model_cards(
     refs = images(2)
     labels = LabelSet.from_config("one", {"edema": {"positive": ["lung edema"], "negative": ["no edema"]}})
     backend = BiomedClipBackend(pretrained=str(written.folder), device="cpu", prompts="published")
+    backend.learn()
     vectors = written.encode(refs, ["this is a photo of edema", "this is a photo of no edema"])
     margin = vectors[:2] @ vectors[2] - vectors[:2] @ vectors[3]
     scores = backend.classify(classify_requests(refs, labels))
@@ -176,9 +180,9 @@ def test_a_folder_that_lacks_a_file_says_which(
         if lacks == "tokenizer.json":
             (folder / name).unlink(missing_ok=True)
     with pytest.raises(UserError, match=message):
-        BiomedClipBackend(pretrained=str(folder), device="cpu")
+        BiomedClipBackend(pretrained=str(folder), device="cpu").ensure_loaded()
 
 
 def test_a_name_that_is_no_folder_is_refused(no_network: None) -> None:
     with pytest.raises(UserError, match="hf-hub:microsoft/BiomedCLIP"):
-        BiomedClipBackend(pretrained="microsoft/BiomedCLIP", device="cpu")
+        BiomedClipBackend(pretrained="microsoft/BiomedCLIP", device="cpu").ensure_loaded()

@@ -148,7 +148,9 @@ def reference(shared: Path) -> dict[str, Any]:
 def test_embeddings_equal_the_original_codes_before_normalisation(
     checkpoint: Path, state: State, reference: dict[str, Any]
 ) -> None:
-    (member,) = CheXzeroBackend(pretrained=str(checkpoint), device="cpu").members
+    backend = CheXzeroBackend(pretrained=str(checkpoint), device="cpu")
+    backend.ensure_loaded()
+    (member,) = backend.members
     image = member.encode_images(reference["pixel_values"])
     assert largest_difference(image, reference["image_embeds"]) < 1e-4
     text = build_model(state, "golden").eval().encode_text(reference["input_ids"])
@@ -159,7 +161,9 @@ def test_embeddings_equal_the_original_codes_before_normalisation(
 @torch.inference_mode()
 def test_texts_get_the_original_token_ids(checkpoint: Path, reference: dict[str, Any]) -> None:
     assert open_clip.SimpleTokenizer(context_length=77)(reference["texts"]).equal(reference["input_ids"])
-    (member,) = CheXzeroBackend(pretrained=str(checkpoint), device="cpu").members
+    backend = CheXzeroBackend(pretrained=str(checkpoint), device="cpu")
+    backend.ensure_loaded()
+    (member,) = backend.members
     text = member.encode_texts(reference["texts"])
     assert largest_difference(text.vectors, reference["text_embeds"]) < 1e-4
     assert text.truncated == [False] * 4
@@ -169,13 +173,18 @@ def test_pair_probabilities_equal_the_original_codes(
     checkpoint: Path, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = CheXzeroBackend(pretrained=str(checkpoint), device="cpu")
-    monkeypatch.setattr(backend, "_pixels", lambda ref: reference["pixel_values"][int(ref)])
+    backend.learn()
+    monkeypatch.setattr(
+        backend,
+        "_pixels",
+        lambda refs: iter([(refs, torch.stack([reference["pixel_values"][int(r, 16)] for r in refs]))]),
+    )
     positive, negative = reference["texts"][::2], reference["texts"][1::2]
     assert negative == [f"no {name}" for name in positive]
     labels = LabelSet.from_config(
         "golden", {p: {"positive": [p], "negative": [n]} for p, n in zip(positive, negative, strict=True)}
     )
-    requests = [Instance("classify", {}, (ImageRef(str(k), Path("unused")), labels), k) for k in range(2)]
+    requests = [Instance("classify", {}, (ImageRef(f"{k:064x}", Path("unused")), labels), k) for k in range(2)]
     probability = torch.tensor([scores.probability for scores in backend.classify(requests)])
     assert largest_difference(probability, reference["prob"].double()) < 1e-4
     # Negative control: with the logit scale they are far apart.
@@ -227,9 +236,10 @@ def test_random_weights_give_the_vectors_of_transformers() -> None:
 def test_sizes_are_read_from_the_weights(tmp_path: Path) -> None:
     path = save(tmp_path / "deep.pt", openai_state(3, vision=64, text=128, dim=16, layers=3))
     backend = CheXzeroBackend(pretrained=str(path), device="cpu")
+    backend.learn()
     assert backend.preprocess(Image.new("L", (30, 50))).shape == (3, 64, 64)
     assert backend.card.parameters == sum(tensor.numel() for tensor in torch.load(path, weights_only=True).values())
-    assert backend.weight_files == (path,)
+    assert backend.checkpoint.weights == (path,)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +258,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     change(state)
     path = save(tmp_path / "changed.pt", state)
     with pytest.raises(UserError, match=message) as error:
-        CheXzeroBackend(pretrained=str(path), device="cpu")
+        CheXzeroBackend(pretrained=str(path), device="cpu").ensure_loaded()
     assert "changed.pt" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -263,11 +273,12 @@ def test_an_ensemble_means_the_members_probabilities(
     singles = [CheXzeroBackend(pretrained=str(path), device="cpu").classify(requests) for path in paths]
     mean = np.mean([[scores.probability for scores in single] for single in singles], axis=0)
     ensemble = CheXzeroBackend(pretrained=str(folder), device="cpu")
+    ensemble.learn()
     scores = ensemble.classify(requests)
     assert np.allclose([s.probability for s in scores], mean, rtol=0, atol=1e-6)
     assert np.allclose([s.margin for s in scores], np.log(mean / (1 - mean)), rtol=0, atol=1e-5)
     assert np.abs(mean - [s.probability for s in singles[0]]).max() > 1e-3  # negative control: members disagree
-    assert [path.name for path in ensemble.weight_files] == ["a.pt", "b.pt", "c.pt"]
+    assert [path.name for path in ensemble.checkpoint.weights] == ["a.pt", "b.pt", "c.pt"]
     assert len(ensemble.describe()["weight_files_sha256"]) == 3
 
 
@@ -312,7 +323,7 @@ def test_a_pickle_with_code_is_refused_and_never_run(
     content = {"visual.conv1.weight": Bomb(executed)}
     write(path, {"state_dict": content} if wrapped else content)
     with pytest.raises(UserError, match=r"bomb\.pt") as error:
-        CheXzeroBackend(pretrained=str(path), device="cpu")
+        CheXzeroBackend(pretrained=str(path), device="cpu").ensure_loaded()
     assert not executed.exists()
     assert "\n" not in str(error.value)
     # Negative control: it is live.
@@ -336,7 +347,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, name: str, cont
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=name) as error:
-        CheXzeroBackend(pretrained=str(path), device="cpu")
+        CheXzeroBackend(pretrained=str(path), device="cpu").ensure_loaded()
     assert "\n" not in str(error.value)
 
 
@@ -346,7 +357,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, name: str, cont
 def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
     path = save(tmp_path / "other.pt", content)
     with pytest.raises(UserError, match=r"other\.pt") as error:
-        CheXzeroBackend(pretrained=str(path), device="cpu")
+        CheXzeroBackend(pretrained=str(path), device="cpu").ensure_loaded()
     assert "\n" not in str(error.value)
 
 
@@ -354,4 +365,4 @@ def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path, content: Any)
 def test_where_nothing_lies_the_error_says_what_was_expected(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=rf"CheXzero checkpoint.*{name}"):
-        CheXzeroBackend(pretrained=str(tmp_path / name), device="cpu")
+        CheXzeroBackend(pretrained=str(tmp_path / name), device="cpu").ensure_loaded()

@@ -14,7 +14,9 @@ from PIL.Image import Image
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard, Prompts
-from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts, pick_device, unit
+from medvlm_harness.model_backends.checkpoints import Checkpoint
+from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts, unit
+from medvlm_harness.model_backends.torch_backend import pick_device
 from medvlm_harness.requests import ImageRef, LabelSet, TextRef
 
 Requests = Callable[..., list[Instance]]
@@ -188,6 +190,7 @@ def test_margins_keep_ranking_where_probabilities_saturate(
     images: Callable[..., list[ImageRef]], classify_requests: Requests
 ) -> None:
     model = Counting(pretrained="x", device="cpu")
+    model.learn()
     model.logit_scale = 300.0
     refs = images(8)
     for labels in (MULTILABEL, MULTICLASS):
@@ -305,16 +308,20 @@ def test_phrases_that_cancel_have_no_mean() -> None:
 
 
 def test_the_description_hashes_the_weights(tmp_path: Path) -> None:
-    model = Counting(pretrained="x", device="cpu")
-    assert model.describe()["weights_sha256"] is None
+    assert Counting(pretrained="x", device="cpu").describe()["weights_sha256"] is None
     paths = [tmp_path / name for name in ("a.bin", "b.bin")]
     for path in paths:
         path.write_bytes(path.name.encode())
     hashes = {path.name: hashlib.sha256(path.name.encode()).hexdigest() for path in paths}
-    model.weight_files = (paths[0],)
-    assert model.describe()["weights_sha256"] == hashes["a.bin"]
-    model.weight_files = tuple(paths)
-    assert model.describe()["weight_files_sha256"] == hashes
-    both = model.describe()["weights_sha256"]
-    model.weight_files = tuple(paths[::-1])
-    assert model.describe()["weights_sha256"] == both not in hashes.values()
+
+    def described(files: list[Path]) -> dict[str, Any]:
+        class FromFiles(Counting):
+            def locate(self) -> Checkpoint:
+                return Checkpoint(tuple(files))
+
+        return FromFiles(pretrained="x", device="cpu").describe()
+
+    assert described(paths[:1])["weights_sha256"] == hashes["a.bin"]
+    assert described(paths)["weight_files_sha256"] == hashes
+    both = described(paths)["weights_sha256"]
+    assert described(paths[::-1])["weights_sha256"] == both not in hashes.values()

@@ -1,0 +1,70 @@
+"""Which files a checkpoint is made of, found without reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medvlm_harness.errors import UserError
+
+__all__ = ["OPEN_CLIP_CONFIG", "Checkpoint", "open_clip_folder", "transformers_folder"]
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# The names that open_clip looks for, in its order (open_clip 3, factory.py).
+_OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+_SETTING_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, image processor
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The files and options that a model is built from.
+
+    Without weights (a name that is looked up on the Hub) the model is known by its tensors, once it is loaded.
+    """
+
+    weights: tuple[Path, ...] = ()
+    settings: tuple[Path, ...] = ()  # every other file that may decide an answer
+    options: Mapping[str, Any] = field(default_factory=dict)  # what the user says beside them, such as an architecture
+
+
+def open_clip_folder(folder: Path) -> Checkpoint:
+    """A folder in open_clip's `local-dir:` layout.
+
+    Raises:
+        UserError: if it holds no weights, or several among which none has a known name.
+    """
+    found = _files(folder, _WEIGHT_SUFFIXES)
+    named = [path for name in _OPEN_CLIP_WEIGHTS for path in found if path.name == name]
+    if not found:
+        raise UserError(f"{folder} has {OPEN_CLIP_CONFIG} but no weights (*.safetensors, *.bin or *.pth).")
+    if not named and len(found) > 1:
+        raise UserError(f"{folder} holds several weights ({', '.join(path.name for path in found)}): keep one.")
+    return Checkpoint(((named or found)[0],), _files(folder, _SETTING_SUFFIXES))
+
+
+def transformers_folder(folder: Path) -> Checkpoint:
+    """A folder as transformers saves a model.
+
+    Raises:
+        UserError: if it holds no weights.
+    """
+    weights = _files(folder, (".safetensors",)) or _files(folder, (".bin",))  # as transformers prefers them
+    if not weights:
+        raise UserError(f"{folder} has config.json but no weights (*.safetensors or *.bin).")
+    return Checkpoint(weights, _files(folder, _SETTING_SUFFIXES))
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
+    return tuple(sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file()))

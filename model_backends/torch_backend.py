@@ -1,0 +1,210 @@
+"""What every backend that runs in torch inherits: device, precision, batch size, the store, and loading only if needed.
+
+A model that is constructed has read no weights. Its identity comes from the bytes of its files; what it answered before
+comes from the store; it is loaded at the first answer that is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from medvlm_harness.data.records import file_sha256
+from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.base import MedicalLM
+from medvlm_harness.model_backends.batching import BatchSize
+from medvlm_harness.model_backends.cards import card_beside
+from medvlm_harness.model_backends.checkpoints import Checkpoint
+from medvlm_harness.model_backends.identity import code_sha256, combined_sha256, library_versions, state_sha256
+from medvlm_harness.model_backends.precision import choose_precision, dtype_of
+from medvlm_harness.store import Space, Store, open_store
+
+__all__ = ["TorchBackend", "pick_device"]
+
+_log = logging.getLogger("lm_eval.medvlm")
+
+Answer = TypeVar("Answer")
+FACTS_INPUT = "00" * 32  # facts are about the model: they have no input
+
+
+class TorchBackend(MedicalLM):
+    """A model in torch, loaded when it is first needed.
+
+    A subclass names its files (`locate`), loads them (`load`) and says what of its preprocessing is not in them.
+    """
+
+    DEFAULT_PRECISION: ClassVar[str] = "fp32"
+    # Attributes that `load` sets, and that answers or results need: kept in the store beside the answers.
+    FACTS: ClassVar[tuple[str, ...]] = ("parameters", "transform")
+    parameters: int | None = None
+    transform: str | None = None  # how pixels are prepared, for people
+    model: torch.nn.Module | None = None  # what `load` built; cast and moved here
+
+    def __init__(
+        self,
+        *,
+        pretrained: str,
+        device: str | None = None,
+        precision: str | None = None,
+        store: str = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.pretrained = str(pretrained)
+        self._device = pick_device(device)
+        self.precision_asked = str(precision or self.DEFAULT_PRECISION)
+        self.precision = choose_precision(self.precision_asked, self._device)
+        self.dtype = dtype_of(self.precision)
+        self.batching = BatchSize(self.batch_size, self.max_batch_size)
+        self.loaded = self._learned = False
+        self._store_option = str(store)
+        self.checkpoint = self.locate()
+        self._complete_card()
+
+    # --- for subclasses
+
+    def locate(self) -> Checkpoint:
+        """The files of `self.pretrained`, without reading them.
+
+        Raises:
+            UserError: if they are not there.
+        """
+        return Checkpoint()
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the checkpoint in float32; set `self.model` and what `FACTS` names.
+
+        Raises:
+            UserError: if it does not fit; every missing or unexpected key is a failure.
+        """
+
+    def preprocessing(self) -> Mapping[str, Any]:
+        """Constants that decide pixels or tokens and stand in no file of the checkpoint; plain JSON."""
+        return {}
+
+    # --- loading
+
+    def ensure_loaded(self) -> None:
+        """Load the model if it is not; in its precision, on its device, in evaluation mode."""
+        if self.loaded:
+            return
+        if self.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: 10 bits of 23
+        self.load()
+        if self.model is not None:
+            self._loaded_weights = None if self.checkpoint.weights else state_sha256(self.model)
+            self.model = self.model.to(self.device, self.dtype).eval()
+        self.loaded = True
+
+    def learn(self) -> None:
+        """Set what `FACTS` names: from the store, else by loading the model."""
+        if self._learned:
+            return
+        space = self.space("facts")
+        stored = self.recall(space, [FACTS_INPUT], json.loads).get(FACTS_INPUT)
+        if stored is not None and not self.loaded:
+            for name in self.FACTS:
+                setattr(self, name, stored[name])
+        else:
+            self.ensure_loaded()
+            facts = {name: getattr(self, name) for name in self.FACTS}
+            self.keep(space, {FACTS_INPUT: json.dumps(facts).encode()})
+        self._learned = True
+        self._complete_card()
+
+    def _complete_card(self) -> None:
+        """Add what was measured, and what the `medvlm_card.yaml` beside the weights says."""
+        parameters = self.card.parameters if self.parameters is None else self.parameters
+        self.card = replace(self.card, parameters=parameters, preprocessing=self.transform or self.card.preprocessing)
+        if self.checkpoint.weights:
+            self.card = card_beside(self.checkpoint.weights[0], self.card)
+
+    # --- the store
+
+    @cached_property
+    def store(self) -> Store | None:
+        """Opened when first asked; None if it is off."""
+        return open_store(self._store_option)
+
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """File name -> sha256 of the checkpoint's weights; of a model without local files, of its tensors."""
+        if not self.checkpoint.weights:
+            self.ensure_loaded()
+            state = getattr(self, "_loaded_weights", None)
+            return {} if state is None else {"state": state}
+        return {path.name: file_sha256(path) for path in self.checkpoint.weights}
+
+    @cached_property
+    def identity(self) -> dict[str, Any] | None:
+        """All that decides this model's answers beside the input; None if its weights cannot be told."""
+        if not self.weights:
+            return None
+        return {
+            "weights": list(self.weights.values()),
+            "settings": {path.name: file_sha256(path) for path in self.checkpoint.settings},
+            "options": dict(self.checkpoint.options),
+            "preprocessing": dict(self.preprocessing()),
+            "precision": self.precision,
+            "quantization": None,
+            "adapter": None,
+            "code": code_sha256(type(self)),
+            "libraries": library_versions(),
+        }
+
+    def space(self, kind: str, *, prompt: str = "", perturbation: str = "") -> Space | None:
+        """Where answers of a kind are kept; None if they are not."""
+        if self.store is None or self.identity is None:
+            return None
+        return Space(kind, self.identity, prompt, perturbation, name=self.card.name)
+
+    def recall(self, space: Space | None, inputs: Iterable[str], read: Callable[[bytes], Answer]) -> dict[str, Answer]:
+        """What is stored for these inputs."""
+        if space is None or self.store is None:
+            return {}
+        return {key: read(value) for key, value in self.store.get(space, inputs).items()}
+
+    def keep(self, space: Space | None, answers: Mapping[str, bytes]) -> None:
+        """Store answers, in one transaction."""
+        if space is not None and self.store is not None:
+            self.store.put(space, answers)
+
+    # --- results
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """One hash of all weights; None if they cannot be told."""
+        hashes = sorted(self.weights.values())
+        return combined_sha256(hashes) if len(hashes) > 1 else next(iter(hashes), None)
+
+    def describe(self) -> dict[str, Any]:
+        """Card, hashes of the weights, precision, batch size and device."""
+        self.learn()
+        return {
+            "card": self.card.to_dict(),
+            "weights_sha256": self.weights_sha256,
+            "weight_files_sha256": self.weights if self.checkpoint.weights else {},
+            "precision": self.precision,
+            "precision_asked": self.precision_asked,
+            "batch_size": self.batching.found,
+            "device": str(self.device),
+            "store": "off" if self.store is None else "on",
+        }
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device asked for; lm-eval says cuda:0 when nothing was asked, which without CUDA means: choose."""
+    if device in (None, "", "auto") or (str(device).startswith("cuda") and not torch.cuda.is_available()):
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(str(device))
+    except RuntimeError as error:
+        raise UserError(f"Expected device to be cpu, cuda, cuda:N or mps, but got {device!r}.") from error
