@@ -181,7 +181,7 @@ class DualEncoder(TorchBackend):
         self.ensure_loaded()
         size = self._batch_size(refs[0])
         batches = prepared(slots(refs, size), self.preprocess, ahead=size, threads=self.decode_threads)
-        with self._progress("images", len(refs)) as progress:
+        with self._progress("images", len(refs), size) as progress:
             for slot, pixels in batches:
                 yield slot, pixels
                 progress.update(len(slot))
@@ -212,7 +212,7 @@ class DualEncoder(TorchBackend):
         if missing:
             self.ensure_loaded()
         size = self.batching.of(self.device)
-        with self._progress("texts", len(missing)) as progress:
+        with self._progress("texts", len(missing), size) as progress:
             for slot in slots(missing, size):
                 encoded = self._encode_slot(slot)
                 self.keep(space, {str(TextRef(text)): embedding.to_bytes() for text, embedding in encoded.items()})
@@ -231,8 +231,8 @@ class DualEncoder(TorchBackend):
         truncated = [cut for _, flags in parts for cut in flags]
         return {text: Embedding(vector, cut) for text, vector, cut in zip(texts, vectors, truncated, strict=True)}
 
-    def _progress(self, what: str, total: int) -> tqdm[Any]:
-        hidden = total == 0 or self.rank > 0
+    def _progress(self, what: str, total: int, size: int) -> tqdm[Any]:
+        hidden = total <= size or self.rank > 0
         return tqdm(total=total, desc=f"Encoding {what}", unit=what.removesuffix("s"), disable=hidden, mininterval=1)
 
     # --- results

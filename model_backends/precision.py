@@ -26,7 +26,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
     if asked not in PRECISIONS:
         known = (*PRECISIONS, "auto")
         raise UserError(
-            f"Expected precision to be one of {', '.join(known)}, got {asked!r}.{near_matches(asked, known)}"
+            f"Expected precision to be one of {', '.join(known)}, but got {asked!r}.{near_matches(asked, known)}"
         )
     return asked
 
