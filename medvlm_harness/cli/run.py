@@ -1,0 +1,134 @@
+"""`medvlm run`: lm-eval's own run on our tasks, and the plan of one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medvlm_harness import plugin
+from medvlm_harness.cli.output import print_table
+from medvlm_harness.errors import UserError, near_matches
+
+if TYPE_CHECKING:
+    from medvlm_harness.results.plan import PlannedRun
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    include_path: Annotated[
+        list[Path] | None, typer.Option("--include-path", "--include_path", help="Folder with task YAML; repeatable.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print forward passes and time, and run nothing.")] = False,
+) -> None:
+    """Run tasks: the same as `lm_eval run`, with all its options, without indexing lm-eval's own tasks.
+
+    Dashes and underscores are the same: --model-args, --output-path, --log-samples...
+    """
+    plugin.scope.builtin_tasks = False
+    plugin.scope.include_paths = tuple(include_path or ())
+    plugin.install()
+    from lm_eval._cli.harness import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    setup_logging()
+    sys.argv = ["lm_eval", "run", *map(_underscores, context.args)]
+    command = HarnessCLI()
+    arguments = _parsed(command)
+    _check_names(arguments, with_model=not plan)
+    if plan:
+        from medvlm_harness.results.plan import plan as plan_run
+
+        _print_plan(plan_run(arguments))
+    else:
+        command.execute(arguments)
+
+
+def _underscores(argument: str) -> str:
+    """lm-eval spells its options with underscores."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+
+
+def _parsed(command: Any) -> Any:
+    """The arguments of `lm_eval run`; argparse's errors as ours, with near matches for an unknown option."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return command.parse_args()
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+    message = " ".join(printed.getvalue().partition(" error: ")[2].split())
+    unknown = message.removeprefix("unrecognized arguments: ")
+    known = [option for option in command._subparsers.choices["run"]._option_string_actions if option.startswith("--")]
+    close = near_matches(unknown.split()[0], [*known, "--debug", "--plan"]) if unknown != message else ""
+    raise UserError(message + (f".{close}" if close.startswith(" Did") else ""))
+
+
+def _check_names(arguments: Any, *, with_model: bool) -> None:
+    """Refuse unknown task and model names with near matches, before anything is loaded."""
+    from fnmatch import fnmatch
+
+    from medvlm_harness.tracks.declarations import check_file, declared_names
+
+    folders = [plugin.tasks_folder(), *plugin.scope.include_paths]
+    known = {name for folder in folders for name in declared_names(folder)}
+    asked = [name for part in arguments.tasks or [] for name in str(part).split(",") if name]
+    if arguments.config is not None and not Path(arguments.config).is_file():
+        raise UserError(f"Expected --config to be a YAML file, but {arguments.config} is not one.")
+    if not asked and arguments.config is None:
+        raise UserError("Expected --tasks, such as --tasks 'iu_cxr_*'; `medvlm ls` lists them.")
+    if with_model and arguments.model is None and arguments.config is None:
+        raise UserError("Expected --model, such as --model medvlm-tiny; `medvlm models` lists ours.")
+    for name in asked:
+        if name.endswith(".yaml") and Path(name).is_file():
+            check_file(Path(name))
+        elif not Path(name).is_dir() and not any(fnmatch(one, name) for one in known):
+            raise UserError(
+                f"Unknown task {name!r}.{near_matches(name, known)} "
+                "(lm-eval's own tasks run under `lm_eval run`; --include-path adds a folder.)"
+            )
+    if arguments.model is not None:
+        import lm_eval.models  # noqa: F401  # fills the registry
+        from lm_eval.api.registry import model_registry
+
+        if arguments.model not in model_registry:
+            raise UserError(f"Unknown model {arguments.model!r}.{near_matches(arguments.model, model_registry.keys())}")
+
+
+def _print_plan(planned: PlannedRun) -> None:
+    tasks = planned.tasks
+    rows = [[task.name, task.documents, task.images, task.texts, task.new_images, task.new_texts] for task in tasks]
+    rows.append(["all", "", "", "", sum(task.new_images for task in tasks), sum(task.new_texts for task in tasks)])
+    print_table(
+        "Forward passes of a dual encoder (each distinct image and text is encoded once in a run)",
+        ["Task", "Documents", "Images", "Texts", "New images", "New texts"],
+        rows,
+    )
+    if planned.images is None:
+        typer.echo("Name one of our models that has weights (--model) to see how long this takes here.")
+        return
+    speeds = [
+        f"{1 / seconds:,.1f} {what}/s"
+        for what, seconds in (("images", planned.seconds_per_image), ("texts", planned.seconds_per_text))
+        if seconds
+    ]
+    measured = f" at {' and '.join(speeds)}, measured here on one batch" if speeds else ""
+    typer.echo(f"Not in the store yet: {planned.images:,} images and {planned.texts:,} texts.")
+    typer.echo(f"Forward passes: about {_duration(planned.seconds)}{measured}; loading and metrics come on top.")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
