@@ -7,8 +7,9 @@ threads, the store, `embed` and `classify` are here.
 from __future__ import annotations
 
 import logging
+import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -155,6 +156,44 @@ class DualEncoder(TorchBackend):
     def _mean(self, phrases: Sequence[tuple[str, ...]]) -> Vectors:
         means = [np.mean([self._text_vectors[text].vector for text in texts], axis=0) for texts in phrases if texts]
         return unit(np.stack(means)) if means else np.zeros((0, 0), np.float32)
+
+    # --- what a run would cost
+
+    def missing(self, images: Iterable[ImageRef], texts: Iterable[str]) -> tuple[list[ImageRef], list[str]]:
+        """Of these, what would have to be computed: it is neither stored nor encoded already."""
+        new_images = {str(image): image for image in images if image not in self._image_vectors}
+        new_texts = {str(TextRef(text)): text for text in texts if text not in self._text_vectors}
+        for kind, new in (("embed:image", new_images), ("embed:text", new_texts)):
+            for key in self.recall(self.space(kind), new, len):
+                del new[key]
+        return list(new_images.values()), list(new_texts.values())
+
+    def seconds_per_item(self, images: Sequence[ImageRef], texts: Sequence[str]) -> tuple[float | None, float | None]:
+        """Time of one image, decoding included, and of one text: measured on one slot each, and not kept.
+
+        Of the texts every n-th by length is taken. None where there is nothing to measure.
+        """
+        by_length = sorted(texts, key=len)
+        size = self.batching.of(self.device)
+        sample = by_length[:: max(1, len(by_length) // size)][:size]
+
+        def encode_images() -> None:
+            for _, pixels in self._pixels(images[:size]):
+                self._encode_pixels(pixels)
+
+        return (
+            self._seconds(encode_images, images[:size]),
+            self._seconds(lambda: self._encode_slot(sample), sample),
+        )
+
+    def _seconds(self, encode: Callable[[], object], items: Sequence[Any]) -> float | None:
+        if not items:
+            return None
+        self.ensure_loaded()
+        encode()  # the first pass allocates and compiles
+        start = time.perf_counter()
+        encode()
+        return (time.perf_counter() - start) / len(items)
 
     # --- encoding
 

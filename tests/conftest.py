@@ -17,8 +17,9 @@ from PIL import Image
 from medvlm_harness.data.chexpert import CHEXPERT_14
 from medvlm_harness.data.locate import find_dataset
 from medvlm_harness.data.prepare import PrepareReport, prepare_iu_cxr
-from medvlm_harness.data.records import Dataset, Manifest, Study, write_dataset
+from medvlm_harness.data.records import Dataset, Manifest, Study, read_dataset, write_dataset
 from medvlm_harness.data.records import Image as RecordImage
+from medvlm_harness.demo.generate import prepare_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT_HEADER = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
@@ -51,6 +52,12 @@ def iu_cxr_report(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pre
 def iu_cxr(iu_cxr_report: PrepareReport) -> Dataset:
     """The same, read back."""
     return find_dataset("iu_cxr", data_dir=iu_cxr_report.folder)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The demo set as users get it."""
+    return read_dataset(prepare_demo(tmp_path_factory.mktemp("demo") / "demo_cxr"))
 
 
 @pytest.fixture(scope="session")

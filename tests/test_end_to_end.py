@@ -20,8 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from medvlm_harness import plugin
 from medvlm_harness.data.chexpert import CHEXPERT_13
-from medvlm_harness.data.records import Dataset, read_dataset
-from medvlm_harness.demo.generate import prepare_demo
+from medvlm_harness.data.records import Dataset
 from medvlm_harness.results.scores import write_scores
 
 IU_CXR = ("iu_cxr_zeroshot", "iu_cxr_view", "iu_cxr_retrieval")
@@ -198,11 +197,6 @@ print("peaks", before, peak(), model.images_encoded)
 
 
 # --- the demo, which needs nothing but the package
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return read_dataset(prepare_demo(tmp_path_factory.mktemp("end_to_end") / "demo_cxr"))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a run would cost before it is run: the distinct images and texts of each task."""
+"""What a run would cost before it is run: the distinct images and texts of each task, and the time they take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from medvlm_harness.requests import ImageRef, LabelSet
 
-__all__ = ["PlannedTask", "forward_passes"]
+__all__ = ["PlannedRun", "PlannedTask", "distinct_inputs", "plan"]
 
 
 class PlannedTask(NamedTuple):
@@ -20,8 +20,25 @@ class PlannedTask(NamedTuple):
     new_texts: int
 
 
-def forward_passes(arguments: Any) -> list[PlannedTask]:
-    """Build the requests of the tasks of an lm-eval command line, and count; no model is loaded.
+class PlannedRun(NamedTuple):
+    """All tasks of a run, and what its model would have to compute."""
+
+    tasks: list[PlannedTask]
+    images: int | None  # not stored yet; None where no model of ours is named
+    texts: int | None
+    seconds_per_image: float | None  # None where nothing is to be computed
+    seconds_per_text: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Of the forward passes, decoding included; loading the model and computing metrics come on top."""
+        return (self.images or 0) * (self.seconds_per_image or 0) + (self.texts or 0) * (self.seconds_per_text or 0)
+
+
+def plan(arguments: Any) -> PlannedRun:
+    """Build the requests of the tasks of an lm-eval command line, and count.
+
+    With `--model`, what the store holds is counted off, and the rest is timed on one batch of images and one of texts.
 
     Args:
         arguments: the parsed namespace of `lm_eval run`.
@@ -31,29 +48,46 @@ def forward_passes(arguments: Any) -> list[PlannedTask]:
     config = EvaluatorConfig.from_cli(arguments)
     manager = config.process_tasks(config.metadata)
     tasks = manager.load(config.tasks)["tasks"]
-    seen: tuple[set[str], set[str]] = set(), set()
+    images: dict[ImageRef, None] = {}
+    texts: dict[str, None] = {}
     planned = []
     for name, task in tasks.items():
         if not getattr(task, "is_medvlm", False):
             continue
-        images, texts = _distinct(task)
-        new = images - seen[0], texts - seen[1]
-        planned.append(PlannedTask(name, len(task.documents), len(images), len(texts), len(new[0]), len(new[1])))
-        seen = seen[0] | images, seen[1] | texts
-    return planned
+        its_images, its_texts = distinct_inputs(task)
+        new = len(its_images.keys() - images.keys()), len(its_texts.keys() - texts.keys())
+        planned.append(PlannedTask(name, len(task.documents), len(its_images), len(its_texts), *new))
+        images |= its_images
+        texts |= its_texts
+    lm: Any = _model(config) if arguments.model is not None else None
+    if not hasattr(lm, "seconds_per_item"):
+        return PlannedRun(planned, None, None, None, None)
+    missing = lm.missing(images, texts)
+    return PlannedRun(planned, *map(len, missing), *lm.seconds_per_item(*missing))
 
 
-def _distinct(task: Any) -> tuple[set[str], set[str]]:
-    images: set[str] = set()
-    texts: set[str] = set()
+def _model(config: Any) -> Any:
+    import lm_eval.models  # noqa: F401  # fills the registry
+    from lm_eval.api.registry import get_model
+
+    beside = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
+    backend = get_model(config.model)
+    # Of lm-eval's own models nothing is known without loading them.
+    return backend.create_from_arg_obj(config.model_args or {}, beside) if hasattr(backend, "options") else None
+
+
+def distinct_inputs(task: Any) -> tuple[dict[ImageRef, None], dict[str, None]]:
+    """The images and texts that a task asks about, each once and in order."""
+    images: dict[ImageRef, None] = {}
+    texts: dict[str, None] = {}
     for document in task.documents:
         built = task.construct_requests(document, "", metadata=(task.task_name, 0, 1))
         for request in built if isinstance(built, list) else [built]:
             for argument in request.arguments:
                 if isinstance(argument, ImageRef):
-                    images.add(str(argument))
+                    images.setdefault(argument)
                 elif isinstance(argument, LabelSet):
-                    texts.update(p for label in argument.labels for p in (*label.positive, *label.negative))
+                    texts |= dict.fromkeys(p for label in argument.labels for p in (*label.positive, *label.negative))
                 else:
-                    texts.add(getattr(argument, "text", str(argument)))
+                    texts.setdefault(getattr(argument, "text", str(argument)))
     return images, texts
