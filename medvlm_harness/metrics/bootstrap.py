@@ -7,12 +7,13 @@ Weights instead of resampled items: everything that is sorted or counted once st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medvlm_harness.metrics._arrays import checked_weights, ratio_or_nan
+from medvlm_harness.metrics._arrays import checked_weights, ratio_or_nan, running_sum
 from medvlm_harness.metrics.estimate import Estimate
 
 __all__ = [
@@ -29,6 +30,9 @@ __all__ = [
 
 _BLOCK_BYTES = 64 * 2**20
 
+Weights = NDArray[np.float64]
+"""How often each item is in each resample: whole numbers, shape (resamples, n)."""
+
 
 class PercentileInterval(NamedTuple):
     """Percentiles of the resampled values that are defined."""
@@ -38,7 +42,7 @@ class PercentileInterval(NamedTuple):
     undefined: float  # share of resamples without a value, in [0, 1]
 
 
-def study_weights(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> NDArray[np.int32]:
+def study_weights(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Weights:
     """How often each item is in each resample; studies are drawn with replacement, all items of a study together.
 
     The weights of a study depend on nothing but the set of study ids, the seed and the number of the resample: items
@@ -58,8 +62,8 @@ def study_weights(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0)
     return np.concatenate(list(weight_blocks(study_ids, resamples=resamples, seed=seed)))
 
 
-def weight_blocks(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Iterator[NDArray[np.int32]]:
-    """The rows of `study_weights` in order, in blocks that stay under 64 MB even as 64-bit numbers."""
+def weight_blocks(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Iterator[Weights]:
+    """The rows of `study_weights` in order, in blocks of at most 64 MB."""
     studies, item = _studies(study_ids)
     if resamples < 1 or seed < 0:
         raise ValueError(f"Expected resamples >= 1 and seed >= 0, but got {resamples} and {seed}.")
@@ -67,7 +71,7 @@ def weight_blocks(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0)
 
 
 def resample(
-    statistic: Callable[[NDArray[np.int32]], NDArray[np.float64]],
+    statistic: Callable[[Weights], NDArray[np.float64]],
     study_ids: ArrayLike,
     *,
     resamples: int = 1000,
@@ -78,7 +82,7 @@ def resample(
 
 
 def bootstrap_estimate(
-    statistic: Callable[[NDArray[np.int32]], NDArray[np.float64]],
+    statistic: Callable[[Weights], NDArray[np.float64]],
     study_ids: ArrayLike,
     *,
     positives: int | None = None,
@@ -101,7 +105,7 @@ def bootstrap_estimate(
     n = len(np.asarray(study_ids))
     if n == 0:
         return Estimate.undefined("no item", n=0, positives=positives)
-    value = float(statistic(np.ones((1, n), dtype=np.int32))[0])
+    value = float(statistic(np.ones((1, n)))[0])
     if np.isnan(value):
         return Estimate.undefined("undefined on these items", n=n, positives=positives)
     samples = resample(statistic, study_ids, resamples=resamples, seed=seed)
@@ -174,21 +178,29 @@ def weighted_median(values: ArrayLike, weights: ArrayLike) -> NDArray[np.float64
     order = np.argsort(v, kind="stable")[: np.count_nonzero(~np.isnan(v))]  # NaN sorts last
     if order.size == 0:
         return np.full(len(w), np.nan)
-    below = np.cumsum(w[:, order], axis=1)
-    half = below[:, -1:] / 2
-    middle = v[order[np.argmax(below >= half, axis=1)]] + v[order[np.argmax(below > half, axis=1)]]
-    return np.where(half[:, 0] > 0, middle / 2, np.nan)
+    upto = running_sum(w.T[order])[1:]
+    half = upto[-1] / 2
+    middle = v[order[np.argmax(upto >= half, axis=0)]] + v[order[np.argmax(upto > half, axis=0)]]
+    return np.where(half > 0, middle / 2, np.nan)
 
 
-def _blocks(studies: int, item: NDArray[np.intp], resamples: int, seed: int) -> Iterator[NDArray[np.int32]]:
+def _blocks(studies: int, item: NDArray[np.intp], resamples: int, seed: int) -> Iterator[Weights]:
     rows = max(1, _BLOCK_BYTES // (8 * item.size))
     for start in range(0, resamples, rows):
-        block = np.empty((min(rows, resamples - start), item.size), dtype=np.int32)
-        for row in range(len(block)):
-            # One generator per resample: neither the size of a block nor the number of resamples changes a draw.
-            drawn = np.random.default_rng((seed, start + row)).integers(studies, size=studies)
-            block[row] = np.bincount(drawn, minlength=studies)[item]
-        yield block
+        # The items of a resample lie apart in memory: what takes items in another order copies whole rows.
+        yield _times_drawn(studies, start, min(rows, resamples - start), seed)[item].T
+
+
+@lru_cache(maxsize=2)  # the metrics of a task ask for the same ones, one after the other
+def _times_drawn(studies: int, start: int, rows: int, seed: int) -> Weights:
+    """How often each study is in each resample from `start` on, shape (studies, rows)."""
+    times = np.empty((studies, rows))
+    for row in range(rows):
+        # One generator per resample: neither the size of a block nor the number of resamples changes a draw.
+        drawn = np.random.default_rng((seed, start + row)).integers(studies, size=studies)
+        times[:, row] = np.bincount(drawn, minlength=studies)
+    times.setflags(write=False)
+    return times
 
 
 def _studies(study_ids: ArrayLike) -> tuple[int, NDArray[np.intp]]:

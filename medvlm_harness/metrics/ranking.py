@@ -1,17 +1,34 @@
 """Ranking quality of scores for a binary label: area under the ROC curve and average precision.
 
 Both depend on the order of the scores only, and tied scores are never put in an order. The weighted versions take
-a block of resamples at once: the scores are sorted once, for all of them.
+a block of resamples at once: the scores are sorted once, for all of them, and what is added up beyond one running sum
+is as long as the positives are many.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medvlm_harness.metrics._arrays import checked_weights, ratio_or_nan
+from medvlm_harness.metrics._arrays import checked_weights, ratio_or_nan, running_sum
 
-__all__ = ["auroc", "average_precision", "weighted_auroc", "weighted_average_precision"]
+__all__ = [
+    "RankingQuality",
+    "auroc",
+    "average_precision",
+    "weighted_auroc",
+    "weighted_average_precision",
+    "weighted_ranking",
+]
+
+
+class RankingQuality(NamedTuple):
+    """One value per row of weights; NaN where a class has no weight."""
+
+    auroc: NDArray[np.float64]
+    average_precision: NDArray[np.float64]
 
 
 def auroc(y_true: ArrayLike, score: ArrayLike) -> float:
@@ -53,47 +70,53 @@ def average_precision(y_true: ArrayLike, score: ArrayLike) -> float:
 
 
 def weighted_auroc(y_true: ArrayLike, score: ArrayLike, weights: ArrayLike) -> NDArray[np.float64]:
-    """`auroc` once per row of weights.
+    """`auroc` once per row of weights; arguments as for `weighted_ranking`."""
+    return weighted_ranking(y_true, score, weights).auroc
+
+
+def weighted_average_precision(y_true: ArrayLike, score: ArrayLike, weights: ArrayLike) -> NDArray[np.float64]:
+    """`average_precision` once per row of weights; arguments as for `weighted_ranking`."""
+    return weighted_ranking(y_true, score, weights).average_precision
+
+
+def weighted_ranking(y_true: ArrayLike, score: ArrayLike, weights: ArrayLike) -> RankingQuality:
+    """Both metrics once per row of weights.
 
     Args:
         y_true: 0 or 1 per item, shape (n,).
         score: shape (n,).
-        weights: at least 0, shape (resamples, n).
-
-    Returns:
-        Shape (resamples,); NaN where a class has no weight.
+        weights: at least 0, shape (resamples, n); fastest where the items of one row lie apart in memory
+            (a transposed array), as `resample` hands them out.
     """
-    positive, negative = _tie_groups(*_validated(y_true, score, weights))
-    below = np.cumsum(negative, axis=1) - negative
-    won = np.einsum("rg,rg->r", positive, below + negative / 2)
-    return ratio_or_nan(won, positive.sum(axis=1) * negative.sum(axis=1))
+    y, s, w = _validated(y_true, score, weights)
+    order = np.argsort(s, kind="stable")
+    ascending, positive = s[order], np.flatnonzero(y[order])
+    if positive.size == 0:
+        nothing = np.full(len(w), np.nan)
+        return RankingQuality(nothing, nothing.copy())
+    # Of each positive: where the items that tie with it begin and end, and which positive is the first of them.
+    begin = np.searchsorted(ascending, ascending[positive], side="left")
+    end = np.searchsorted(ascending, ascending[positive], side="right")
+    leader = np.searchsorted(positive, begin)
 
+    running = running_sum(w.T[order])  # (n + 1, resamples): weight of everything before an item
+    weight = w.T[order[positive]]  # (positives, resamples)
+    below, upto, total = running[begin], running[end], running[-1]
+    before = running_sum(weight)
+    positives_below, positives_upto = before[leader], before[np.searchsorted(positive, end)]
+    positives, negatives = before[-1], total - before[-1]
 
-def weighted_average_precision(y_true: ArrayLike, score: ArrayLike, weights: ArrayLike) -> NDArray[np.float64]:
-    """`average_precision` once per row of weights; arguments and result as for `weighted_auroc`."""
-    positive, negative = (group[:, ::-1] for group in _tie_groups(*_validated(y_true, score, weights)))
-    found = np.cumsum(positive, axis=1)
-    returned = found + np.cumsum(negative, axis=1)
-    # Groups without weight at the top return nothing; they add no positives either, so any precision will do.
-    precision = np.divide(found, returned, out=np.zeros_like(found), where=returned > 0)
-    gained = np.einsum("rg,rg->r", positive, precision)
-    return ratio_or_nan(gained, np.where(negative.any(axis=1), positive.sum(axis=1), 0))
+    negatives_below = below - positives_below
+    negatives_tied = (upto - below) - (positives_upto - positives_below)
+    won = np.einsum("pr,pr->r", weight, negatives_below + negatives_tied / 2)
 
-
-def _tie_groups(
-    y: NDArray[np.bool_], score: NDArray[np.float64], weights: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weight of positives and of negatives at each distinct score, ascending; shape (resamples, groups) each."""
-    if y.size == 0:
-        return np.zeros((len(weights), 1)), np.zeros((len(weights), 1))
-    order = np.argsort(score, kind="stable")
-    ascending = score[order]
-    starts = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]])
-    ordered = weights[:, order]
-    total = np.add.reduceat(ordered, starts, axis=1)
-    ordered[:, ~y[order]] = 0
-    positive = np.add.reduceat(ordered, starts, axis=1)
-    return positive, total - positive
+    returned = total - below
+    # What has no weight above a positive of no weight returns nothing, and adds nothing: any precision will do.
+    precision = np.divide(positives - positives_below, returned, out=np.zeros_like(returned), where=returned > 0)
+    gained = np.einsum("pr,pr->r", weight, precision)
+    return RankingQuality(
+        ratio_or_nan(won, positives * negatives), ratio_or_nan(gained, np.where(negatives > 0, positives, 0))
+    )
 
 
 def _validated(

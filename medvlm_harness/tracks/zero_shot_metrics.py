@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlm_harness.metrics.auroc_interval import auroc_interval
-from medvlm_harness.metrics.bootstrap import bootstrap_estimate, percentile_interval, resample, standard_error
+from medvlm_harness.metrics.bootstrap import Weights, bootstrap_estimate, percentile_interval, resample, standard_error
 from medvlm_harness.metrics.classification import weighted_accuracy, weighted_balanced_accuracy
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.metrics.ranking import auroc, average_precision, weighted_auroc, weighted_average_precision
+from medvlm_harness.metrics.ranking import auroc, average_precision, weighted_ranking
 
 __all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "multiclass", "multilabel"]
 
@@ -100,10 +100,9 @@ class _Macro:
             "ap": np.array([average_precision(y, s) for y, s, _ in columns]),
         }
 
-        def statistic(weights: NDArray[np.int32]) -> Array:
-            areas = [weighted_auroc(y, s, weights[:, k]) for y, s, k in columns]
-            precisions = [weighted_average_precision(y, s, weights[:, k]) for y, s, k in columns]
-            return np.stack([np.stack(areas, axis=1), np.stack(precisions, axis=1)], axis=1)
+        def statistic(weights: Weights) -> Array:
+            """AUROC and average precision, (resamples, 2, labels)."""
+            return np.stack([np.stack(weighted_ranking(y, s, weights.T[k].T), axis=1) for y, s, k in columns], axis=2)
 
         samples = resample(statistic, studies)  # (resamples, 2, labels)
         self.samples = {"auroc": samples[:, 0], "ap": samples[:, 1]}
