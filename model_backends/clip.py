@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ class TowerBackend(DualEncoder):
     def encode_texts(self, texts: list[str]) -> EncodedTexts:
         """Text tower."""
         return self.towers.encode_texts(texts)
+
+    def text_lengths(self, texts: Sequence[str]) -> list[int]:
+        """In tokens, where the tower runs as far as the longest text of a batch."""
+        measure = super().text_lengths if not texts or self.towers.text_lengths is None else self.towers.text_lengths
+        return measure(texts)
 
 
 class ClipBackend(TowerBackend):

@@ -83,6 +83,10 @@ class DualEncoder(TorchBackend):
     def encode_texts(self, texts: list[str]) -> EncodedTexts:
         """Text tower."""
 
+    def text_lengths(self, texts: Sequence[str]) -> list[int]:
+        """How long the text tower takes each text to be: characters, where a subclass knows no better."""
+        return [len(text) for text in texts]
+
     # --- requests
 
     def embed(self, requests: Sequence[Instance]) -> list[Embedding]:
@@ -173,7 +177,7 @@ class DualEncoder(TorchBackend):
 
         Of the texts every n-th by length is taken. None where there is nothing to measure.
         """
-        by_length = sorted(texts, key=len)
+        by_length = self._by_length(texts)
         size = self.batching.of(self.device)
         sample = by_length[:: max(1, len(by_length) // size)][:size]
 
@@ -246,10 +250,7 @@ class DualEncoder(TorchBackend):
         stored = self.recall(space, new, Embedding.from_bytes)
         self._text_vectors.update({new[key]: embedding for key, embedding in stored.items()})
         self.texts_recalled += len(stored)
-        # By length, so that a batch pads little; texts of one length in a fixed order, so that slots are fixed.
-        missing = sorted((text for key, text in new.items() if key not in stored), key=lambda text: (len(text), text))
-        if missing:
-            self.ensure_loaded()
+        missing = self._by_length([text for key, text in new.items() if key not in stored])
         size = self.batching.of(self.device)
         with self._progress("texts", len(missing), size) as progress:
             for slot in slots(missing, size):
@@ -258,6 +259,12 @@ class DualEncoder(TorchBackend):
                 self._text_vectors.update(encoded)
                 self.texts_encoded += len(slot)
                 progress.update(len(slot))
+
+    def _by_length(self, texts: Sequence[str]) -> list[str]:
+        """So that a batch pads little; texts of one length in a fixed order, so that slots are fixed."""
+        if texts:
+            self.ensure_loaded()
+        return [text for _, text in sorted(zip(self.text_lengths(texts), texts, strict=True))]
 
     def _encode_slot(self, texts: Sequence[str]) -> dict[str, Embedding]:
         def encode(part: Sequence[str]) -> tuple[torch.Tensor, list[bool]]:

@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,10 @@ def wrap(model: Any, tokenizer: Any, preprocess: Any = None) -> Towers:
         ids = ids.to(model.logit_scale.device)
         return EncodedTexts(_encode_trimmed(model, ids) if trims else model.encode_text(ids), truncated)
 
+    def text_lengths(texts: Sequence[str]) -> list[int]:
+        lengths: list[int] = (tokenizer(list(texts)) != 0).sum(dim=1).tolist()
+        return lengths
+
     return Towers(
         model=model,
         preprocess=transform,
@@ -192,6 +196,7 @@ def wrap(model: Any, tokenizer: Any, preprocess: Any = None) -> Towers:
         logit_scale=float(model.logit_scale.detach().exp()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         preprocessing=str(config),
+        text_lengths=text_lengths if trims else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ class Towers:
     logit_scale: float
     parameters: int
     preprocessing: str
+    text_lengths: Callable[[Sequence[str]], list[int]] | None = None  # in tokens
     revision: str | None = None
 
 
