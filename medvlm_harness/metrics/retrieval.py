@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from medvlm_harness.metrics._similarity import NumpySimilarity, Similarity, TorchSimilarity
+
 __all__ = [
     "RankedQueries",
     "chance",
@@ -30,7 +32,10 @@ __all__ = [
     "reciprocal_rank",
 ]
 
-_BLOCK_ELEMENTS = 2**22  # similarities compared at once; with masks and gathered hits about 60 MB
+# Similarities held at once. More rows make a product faster, up to about this many.
+_BLOCK_ROWS = 512
+_BLOCK_ELEMENTS = 2**26  # 256 MB
+_HIT_ELEMENTS = 12  # what looking up one hit takes in memory, in similarities
 
 
 class RankedQueries(NamedTuple):
@@ -43,19 +48,25 @@ class RankedQueries(NamedTuple):
 
 
 def rank_queries(
-    queries: ArrayLike, gallery: ArrayLike, query_class: ArrayLike, gallery_class: ArrayLike
+    queries: ArrayLike,
+    gallery: ArrayLike,
+    query_class: ArrayLike,
+    gallery_class: ArrayLike,
+    *,
+    device: str | None = None,
 ) -> RankedQueries:
     """Rank the gallery by inner product with each query, and locate the best hit.
 
     Vectors that are equal byte for byte are compared once, so they tie exactly, which no BLAS promises by itself.
     Similarities are computed in float32 and in blocks; beyond its arguments the function needs a copy of the gallery
-    and about 100 MB.
+    and at most about 300 MB.
 
     Args:
         queries: finite, of unit length if cosines are meant, shape (n, d).
         gallery: as queries, shape (m, d).
         query_class: integer per query, shape (n,); -1 leaves the query out.
         gallery_class: integer per gallery item, shape (m,); a hit has the query's class; -1 is never a hit.
+        device: where to compute: None for the CPU with NumPy, or a torch device such as "cuda".
     """
     q, g, of_query, of_gallery = _validated(queries, gallery, query_class, gallery_class)
     greater, tied, hits_tied = np.zeros((3, len(q)), dtype=np.int64)
@@ -65,8 +76,7 @@ def rank_queries(
 
     q_first, q_vector = _distinct(q)
     g_first, g_vector = _distinct(g)
-    vectors = g[g_first] + np.float32(0)
-    copies = np.bincount(g_vector).astype(np.int64)
+    vectors, copies = _without_minus_zero(g[g_first]), np.bincount(g_vector).astype(np.int64)
     # Members of a class: the distinct vectors among its items, each with the number of items that have it.
     labelled = of_gallery >= 0
     members, hits = np.unique(np.c_[of_gallery[labelled], g_vector[labelled]], axis=0, return_counts=True)
@@ -74,17 +84,22 @@ def rank_queries(
     pairs, pair = np.unique(np.c_[q_vector[asked], of_query[asked]], axis=0, return_inverse=True)
     first, last = (np.searchsorted(members[:, 0], pairs[:, 1], side=side) for side in ("left", "right"))
 
+    blocks = list(_row_blocks(len(vectors) + _HIT_ELEMENTS * (last - first)))
+    similarity: Similarity = (
+        NumpySimilarity(vectors, copies, max(rows.stop - rows.start for rows in blocks))
+        if device is None
+        else TorchSimilarity(vectors, copies, device)
+    )
     answers = np.empty((3, len(pairs)), dtype=np.int64)
-    for rows in _row_blocks(len(vectors) + last - first):
-        similarity = (q[q_first[pairs[rows, 0]]] + np.float32(0)) @ vectors.T
+    for rows in blocks:
         size = last[rows] - first[rows]
         offset = np.cumsum(size) - size
         member = np.arange(size.sum()) - np.repeat(offset - first[rows], size)
         row = np.repeat(np.arange(len(size)), size)
-        of_hits = similarity[row, members[member, 1]]
+        block = _without_minus_zero(q[q_first[pairs[rows, 0]]])
+        of_hits = similarity.at(block, row, members[member, 1])
         best = np.maximum.reduceat(of_hits, offset)
-        answers[0, rows] = _count(similarity > best[:, None], copies)
-        answers[1, rows] = _count(similarity == best[:, None], copies)
+        answers[0, rows], answers[1, rows] = similarity.counts(best)
         answers[2, rows] = np.add.reduceat(np.where(of_hits == best[row], hits[member], 0), offset)
     greater[asked], tied[asked], hits_tied[asked] = answers[:, pair.ravel()]
     return RankedQueries(greater, tied, hits_tied, len(g))
@@ -177,30 +192,42 @@ def _share_count(of_query: NDArray[np.int64], of_gallery: NDArray[np.int64]) -> 
 def _distinct(vectors: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Index of the first row of each distinct vector, and for each row the number of its vector.
 
-    Rows are compared by a 128-bit digest of their bytes: sorting the rows themselves would copy them several times.
-    The order of distinct vectors follows the digests, so it does not depend on the order of the rows.
+    Rows are compared by their first four numbers and, where these occur again, by a 128-bit digest of all their bytes:
+    sorting the rows themselves would copy them several times. Vectors are in the order of how often they occur, then
+    of these bytes, so it does not depend on the order of the rows.
     """
-    zero = np.float32(0)  # added to turn -0.0 into 0.0, whose bytes differ
-    digests = b"".join(hashlib.blake2b((row + zero).tobytes(), digest_size=16).digest() for row in vectors)
-    _, first, inverse = np.unique(np.frombuffer(digests, dtype="V16"), return_index=True, return_inverse=True)
-    return first, inverse
+    start = _without_minus_zero(vectors[:, :4].copy())
+    keys = np.zeros((len(vectors), 32), dtype=np.uint8)
+    keys[:, : start.shape[1] * start.itemsize] = start.view(np.uint8)
+    _, group, size = np.unique(keys.view("V32").ravel(), return_inverse=True, return_counts=True)
+    shared = np.flatnonzero(size[group] > 1)
+    contents = (_without_minus_zero(vectors[row].copy()).tobytes() for row in shared)
+    digests = b"".join(hashlib.blake2b(content, digest_size=16).digest() for content in contents)
+    keys[shared, 16:] = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
+    _, first, vector, copies = np.unique(
+        keys.view("V32").ravel(), return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(copies, kind="stable")
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    return first[order], number[vector]
+
+
+def _without_minus_zero(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same rows with 0.0 for -0.0, whose bytes differ; changed in place."""
+    vectors += np.float32(0)
+    return vectors
 
 
 def _row_blocks(cost: NDArray[np.int64]) -> Iterator[slice]:
     """Consecutive rows whose cost stays within the block size; a row that exceeds it alone gets its own block."""
     start, total = 0, 0
     for row, one in enumerate(cost.tolist()):
-        if total + one > _BLOCK_ELEMENTS and row > start:
+        if row - start == _BLOCK_ROWS or (total + one > _BLOCK_ELEMENTS and row > start):
             yield slice(start, row)
             start, total = row, 0
         total += one
     yield slice(start, len(cost))
-
-
-def _count(mask: NDArray[np.bool_], copies: NDArray[np.int64]) -> NDArray[np.int64]:
-    if (copies == 1).all():
-        return np.asarray(np.count_nonzero(mask, axis=1), dtype=np.int64)
-    return np.asarray(mask @ copies.astype(np.float64), dtype=np.int64)  # exact: whole numbers below 2**53
 
 
 def _classes(name: str, value: ArrayLike) -> NDArray[np.int64]:

@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from medvlm_harness.metrics.bootstrap import (
     weighted_mean,
     weighted_median,
 )
+from medvlm_harness.metrics.classification import weighted_accuracy, weighted_balanced_accuracy
+from medvlm_harness.metrics.ranking import weighted_auroc, weighted_average_precision
 
 RNG = np.random.default_rng(7)
+VALUES, CLASSES = np.array([0.3, np.nan, -1.0, 0.3, 2.0, 0.1, np.nan, 0.7]), np.array([0, 1, 1, 0, 2, 0, 1, 2])
+SCORES, ANSWERS = np.array([0.1, 0.4, 0.4, 0.2, 0.9, 0.4, 0.8, 0.0]), np.array([0, 1, 0, 0, 2, 2, 1, 0])
 
 
 def test_items_of_a_study_share_their_weight_and_each_row_draws_as_many_studies_as_there_are() -> None:
@@ -87,6 +92,32 @@ def test_the_same_weights_pair_the_differences() -> None:
     ids = np.arange(200)
     difference = resample(lambda w: weighted_mean(x + 0.1, w), ids) - resample(lambda w: weighted_mean(x, w), ids)
     assert difference == pytest.approx(np.full(1000, 0.1))
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda w: weighted_mean(VALUES, w),
+        lambda w: weighted_median(VALUES, w),
+        lambda w: weighted_accuracy(CLASSES, ANSWERS, w),
+        lambda w: weighted_balanced_accuracy(CLASSES, ANSWERS, w),
+        lambda w: weighted_auroc(CLASSES == 1, SCORES, w),
+        lambda w: weighted_average_precision(CLASSES == 1, SCORES, w),
+    ],
+)
+def test_every_metric_takes_a_block_of_resamples_as_it_takes_each_alone(
+    metric: Callable[[bootstrap.Weights], bootstrap.Weights],
+) -> None:
+    weights = study_weights(np.arange(8), resamples=200)
+    alone = np.concatenate([metric(row[None]) for row in weights])
+    assert np.isnan(alone).sum() < 100
+    assert metric(weights) == pytest.approx(alone, abs=1e-12, nan_ok=True)
+
+
+def test_a_statistic_that_changes_its_weights_does_not_change_the_next_draw() -> None:
+    before = study_weights(np.arange(10), resamples=20)
+    next(weight_blocks(np.arange(10), resamples=20))[:] = 0
+    assert (study_weights(np.arange(10), resamples=20) == before).all()
 
 
 def test_undefined_resamples_are_counted_not_hidden() -> None:

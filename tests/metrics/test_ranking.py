@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medvlm_harness.metrics.ranking import auroc, average_precision, weighted_auroc, weighted_average_precision
+from medvlm_harness.metrics.bootstrap import study_weights
+from medvlm_harness.metrics.ranking import (
+    auroc,
+    average_precision,
+    weighted_auroc,
+    weighted_average_precision,
+    weighted_ranking,
+)
 
 RNG = np.random.default_rng(7)
 
@@ -57,6 +64,33 @@ def test_a_weight_is_a_number_of_copies() -> None:
     assert weighted_average_precision(y, s, [w])[0] == pytest.approx(
         average_precision(np.repeat(y, w), np.repeat(s, w)), abs=1e-15
     )
+
+
+@pytest.mark.parametrize("prevalence", [0.02, 0.2, 0.9])
+@pytest.mark.parametrize("levels", [5, 10_000])
+def test_each_bootstrap_resample_is_scikit_learns_on_the_resampled_items(prevalence: float, levels: int) -> None:
+    n = 400
+    y, s = (RNG.random(n) < prevalence).astype(int), RNG.integers(0, levels, n) / levels
+    weights = study_weights(np.arange(n) // 2, resamples=30)
+    quality = weighted_ranking(y, s, weights)
+    for r, row in enumerate(weights.astype(int)):
+        items = np.repeat(np.arange(n), row)
+        if y[items].any() and not y[items].all():
+            assert quality.auroc[r] == pytest.approx(roc_auc_score(y[items], s[items]), abs=1e-12)
+            assert quality.average_precision[r] == pytest.approx(average_precision_score(y[items], s[items]), abs=1e-12)
+        else:
+            assert np.isnan(quality.auroc[r]) and np.isnan(quality.average_precision[r])
+
+
+def test_weights_may_be_fractions_and_lie_either_way_in_memory() -> None:
+    y, s = np.r_[1, 0, RNG.random(48) < 0.3].astype(int), RNG.integers(0, 9, 50) / 9
+    weights = RNG.random((20, 50)) * (RNG.random((20, 50)) < 0.6)
+    by_rows, by_columns = weighted_ranking(y, s, weights), weighted_ranking(y, s, np.asfortranarray(weights))
+    auc = [roc_auc_score(y, s, sample_weight=w) for w in weights]
+    ap = [average_precision_score(y, s, sample_weight=w) for w in weights]
+    for quality in (by_rows, by_columns):
+        assert quality.auroc == pytest.approx(np.array(auc), abs=1e-12)
+        assert quality.average_precision == pytest.approx(np.array(ap), abs=1e-12)
 
 
 def test_hand_computed() -> None:

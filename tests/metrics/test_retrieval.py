@@ -1,5 +1,7 @@
 import csv
 import itertools
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from medvlm_harness.metrics import retrieval
+from medvlm_harness.metrics import _similarity, retrieval
 from medvlm_harness.metrics.bootstrap import bootstrap_estimate, weighted_mean, weighted_median
 from medvlm_harness.metrics.retrieval import (
     RankedQueries,
@@ -79,18 +81,65 @@ def ranked_by_loops(q: NDArray, g: NDArray, of_query: NDArray, of_gallery: NDArr
     return rows
 
 
-@pytest.mark.parametrize("block", [1, 37, 2**22])
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize(("rows", "elements"), [(512, 1), (512, 400), (7, 2**26), (512, 2**26)])
 def test_counts_equal_a_loop_with_duplicates_missing_classes_and_any_block(
-    block: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, elements: int, device: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(retrieval, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(retrieval, "_BLOCK_ELEMENTS", elements)
     for _ in range(10):
         q, g = RNG.integers(-1, 2, (25, 3)), RNG.integers(-1, 2, (40, 3))
         of_query, of_gallery = RNG.integers(-1, 9, 25), RNG.integers(-1, 8, 40)
-        ranked = rank_queries(q, g, of_query, of_gallery)
+        ranked = rank_queries(q, g, of_query, of_gallery, device=device)
         expected = ranked_by_loops(q, g, of_query, of_gallery)
         assert list(zip(*(array.tolist() for array in ranked[:3]), strict=True)) == expected
         assert ranked.gallery == 40
+
+
+@pytest.mark.parametrize("cached", [1, 50, 2**18])
+def test_each_copy_counts_however_many_are_counted_at_once(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_similarity, "_CACHED", cached)
+    copies = np.repeat(np.arange(60), np.r_[np.ones(20, dtype=int), RNG.integers(2, 9, 40)])
+    q, g = RNG.integers(-3, 4, (60, 5)), RNG.integers(-3, 4, (60, 5))[copies]
+    ranked = rank_queries(q, g, np.arange(60), copies)
+    expected = ranked_by_loops(q, g, np.arange(60), copies)
+    assert list(zip(*(array.tolist() for array in ranked[:3]), strict=True)) == expected
+
+
+def test_a_torch_device_gives_the_same_ranks_of_real_vectors() -> None:
+    g = RNG.normal(size=(400, 64)).astype(np.float32)[RNG.integers(0, 300, 400)]
+    q, of_query, of_gallery = RNG.normal(size=(200, 64)), RNG.integers(-1, 90, 200), RNG.integers(-1, 90, 400)
+    first, second = (rank_queries(q, g, of_query, of_gallery, device=device) for device in (None, "cpu"))
+    # Two libraries round differently: a near tie of different vectors may change sides, a tie of equal ones may not.
+    assert np.mean(first.greater != second.greater) < 0.01
+    assert (first.tied == second.tied).mean() > 0.99 and (first.hits_tied == second.hits_tied).mean() > 0.99
+
+
+def test_without_a_device_torch_is_not_imported() -> None:
+    code = (
+        "import sys; from medvlm_harness.metrics.retrieval import rank_queries;"
+        "rank_queries([[1.0]], [[1.0]], [0], [0]); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_vectors_that_begin_alike_are_told_apart() -> None:
+    g = np.zeros((6, 9))
+    g[:, 5] = [1, 2, 3, 3, 2, 2]
+    first, vector = retrieval._distinct(g.astype(np.float32))
+    assert len(first) == 3 and (g[first[vector]] == g).all()
+    ranked = rank_queries([[0, 0, 0, 0, 0, 1, 0, 0, 0]], g, [0], [0, 1, 1, 1, 1, 1])
+    assert (ranked.greater[0], ranked.tied[0]) == (5, 1)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 20])
+def test_the_numbers_of_distinct_vectors_do_not_depend_on_the_order_of_the_rows(width: int) -> None:
+    rows = RNG.integers(-1, 2, (60, width)).astype(np.float32)
+    order = RNG.permutation(60)
+    (first, vector), (other_first, other_vector) = retrieval._distinct(rows), retrieval._distinct(rows[order])
+    assert (rows[first] == rows[order][other_first]).all() and (vector[order] == other_vector).all()
+    assert len(first) == len({tuple(row) for row in rows.tolist()})
 
 
 def test_equal_vectors_tie_exactly_wherever_they_stand() -> None:
