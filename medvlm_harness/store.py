@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -30,15 +31,21 @@ from filelock import FileLock
 from medvlm_harness.cache import cache_folder
 from medvlm_harness.errors import UserError
 from medvlm_harness.store_file import (
+    BUSY_SECONDS,
     DAMAGE,
-    check_owner,
+    FAILURES,
+    NO_ROOM,
+    DamagedError,
+    checked,
     connect,
     create,
     digest_of,
     error_code,
     fits,
-    lengthen,
+    forget_length,
     rows,
+    sound_spaces,
+    structure,
     take_over,
     transaction,
 )
@@ -50,6 +57,7 @@ _log = logging.getLogger("lm_eval.medvlm")
 ENVIRONMENT = "MEDVLM_STORE"
 SUFFIX = ".sqlite"
 ROWS_PER_QUERY = 500
+FILE_FAILURES = (OSError, NotImplementedError)  # the second: filelock, where the file system has no locks
 
 Answers = dict[str, bytes]
 """Input hash -> the answer's bytes."""
@@ -78,12 +86,9 @@ class Space:
 
 
 class SpaceInfo(NamedTuple):
-    """What `medvlm store info` shows of one space."""
+    """A space as it lies in a file, and how much is in it."""
 
-    sha256: str
-    name: str
-    kind: str
-    precision: str
+    space: Space
     answers: int
     bytes: int
     used: float  # seconds since the epoch
@@ -94,7 +99,12 @@ class Verification(NamedTuple):
 
     answers: int
     damaged: int
-    problems: tuple[str, ...]  # as SQLite words them
+    problems: tuple[str, ...]  # of the file; SQLite words most of them
+
+    @property
+    def sound(self) -> bool:
+        """Whether there is nothing to mend."""
+        return not (self.damaged or self.problems)
 
 
 def default_path() -> Path:
@@ -115,19 +125,29 @@ def open_store(option: str = "auto") -> Store | None:
 
 
 class Store:
-    """One file of answers. Keep an instance to one thread; open one per process."""
+    """One file of answers. Keep an instance to one thread; open one per process.
 
-    def __init__(self, path: Path) -> None:
+    With `read_only` the file is neither made nor changed, whatever its state.
+
+    Raises:
+        UserError: if the path is not named *.sqlite, or is somebody else's database.
+        sqlite3.DatabaseError, UnicodeDecodeError: with `read_only`, if it cannot be read.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         # A damaged file is renamed: without this rule a slip of the pen would rename somebody's weights.
-        if path.suffix != SUFFIX or path.is_dir():
+        if path.suffix != SUFFIX or os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises where it may not look
             raise UserError(f"Expected store to be off, or a file named *{SUFFIX}, but got {path}.")
         self.path = path
         self._touched: set[str] = set()
         self._connection: sqlite3.Connection | None = None
         self._opened_file: int | None = None  # its inode
-        self._writable = True
+        self._writable = not read_only
         self._warned: set[str] = set()
-        self._open()
+        if read_only:
+            self._connection = self._connect_read_only()
+        else:
+            self._open()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -142,11 +162,11 @@ class Store:
         asked = list(inputs)
         try:
             return self._get(space, asked)
-        except sqlite3.DatabaseError as error:
+        except FAILURES as error:
             self._mend(error)
         try:
             return self._get(space, asked)
-        except sqlite3.DatabaseError as error:
+        except FAILURES as error:
             self._give_up(error)
             return {}
 
@@ -154,16 +174,18 @@ class Store:
         """Keep answers, all of them or none; replaces what was there."""
         try:
             self._put(space, answers)
-        except sqlite3.DatabaseError as error:
+        except FAILURES as error:
             self._mend(error)
             if error_code(error) in DAMAGE:
-                with contextlib.suppress(sqlite3.DatabaseError):
+                with contextlib.suppress(*FAILURES):
                     self._put(space, answers)
 
     def _get(self, space: Space, asked: list[str]) -> Answers:
         number = self._number(space, create=False)
         if self._connection is None or number is None:
             return {}
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk: `put` will say so
+            self._touch(space, number)
         found: Answers = {}
         damaged = 0
         for start in range(0, len(asked), ROWS_PER_QUERY):
@@ -184,6 +206,9 @@ class Store:
             return
         with transaction(self._connection):
             number = self._number(space, create=True)
+            if number is None:
+                raise DamagedError("a space that was written is not found")
+            self._touch(space, number)  # an error here must end the transaction: SQLite may have rolled it back
             rows = []
             for key, value in answers.items():
                 raw = bytes.fromhex(key)
@@ -205,42 +230,52 @@ class Store:
             return self._number(space, create=False)
         if row is None:
             return None
-        if space.sha256 not in self._touched and self._writable:
-            self._touched.add(space.sha256)  # once per process; `prune` goes by it
-            with contextlib.suppress(sqlite3.OperationalError):  # a full disk: `put` will say so
-                self._connection.execute("UPDATE spaces SET used = ? WHERE id = ?", (time.time(), row[0]))
-        return int(row[0])
+        if not isinstance(row[0], int):
+            raise DamagedError("an index holds no number where one was written")
+        return row[0]
+
+    def _touch(self, space: Space, number: int) -> None:
+        """Say that a space is used, once per process; `prune` goes by it."""
+        if self._connection is not None and self._writable and space.sha256 not in self._touched:
+            self._touched.add(space.sha256)
+            self._connection.execute("UPDATE spaces SET used = ? WHERE id = ?", (time.time(), number))
 
     # --- looking after the file
 
     def spaces(self) -> list[SpaceInfo]:
         """Every space with its number of answers and their bytes."""
-        query = (
-            "SELECT s.sha256, s.name, s.kind, s.content, COUNT(a.id), COALESCE(SUM(LENGTH(a.value)), 0), s.used "
-            "FROM spaces s LEFT JOIN answers a ON a.space = s.id GROUP BY s.id ORDER BY s.name, s.kind, s.used"
-        )
-        return [
-            SpaceInfo(sha, name, kind, str(json.loads(content)["model"].get("precision", "")), count, size, used)
-            for sha, name, kind, content, count, size, used in self._opened().execute(query)
-        ]
+        connection = self._opened()
+        query = "SELECT space, COUNT(*), SUM(LENGTH(value)) FROM answers GROUP BY space"
+        sizes = {number: (count, size) for number, count, size in connection.execute(query)}
+        infos = []
+        for number, row in sound_spaces(connection).items():
+            space = Space(**json.loads(row.content), name=row.name)
+            infos.append(SpaceInfo(space, *sizes.get(number, (0, 0)), row.used))
+        return sorted(infos, key=lambda info: (info.space.name, info.space.kind, info.used))
+
+    def size(self) -> int:
+        """Bytes that the answers and what finds them take up: the file's size once nothing in it is free."""
+        names = ("page_count", "freelist_count", "page_size")
+        pages, free, size = (int(self._opened().execute(f"PRAGMA {name}").fetchone()[0]) for name in names)
+        return (pages - free) * size
 
     def verify(self) -> Verification:
         """Check the file's structure and every answer's digest."""
         connection = self._opened()
-        problems = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        problems = structure(connection)
         good = damaged = 0
-        for _, sound in rows(connection):
-            good, damaged = good + sound, damaged + (not sound)
+        for row in rows(connection):
+            good, damaged = good + row.sound, damaged + (not row.sound)
         return Verification(good + damaged, damaged, tuple(problems))
 
     def rebuild(self) -> int:
         """Set the file aside, and begin a new one with its sound answers; how many there are."""
-        self._opened()
+        self._opened(writable=True)
         return self._begin_anew("rebuilt as asked")
 
     def prune(self, spaces: Iterable[str]) -> int:
         """Remove spaces, named by their sha256, and give the room back to the disk; how many answers went."""
-        connection = self._opened()
+        connection = self._opened(writable=True)
         removed = 0
         with transaction(connection):
             for sha256 in spaces:
@@ -252,61 +287,68 @@ class Store:
         return removed
 
     def copy_to(self, other: Store, spaces: Iterable[str] | None = None) -> int:
-        """Add answers to another store, which keeps what it has; how many were sound and copied."""
-        return take_over(self._opened(), other._opened(), None if spaces is None else set(spaces))
+        """Add sound answers to another store, which keeps what it has; how many were new to it."""
+        return take_over(self._opened(), other._opened(writable=True), None if spaces is None else set(spaces))
 
-    def rows(self, sha256: str) -> Iterator[tuple[str, bytes]]:
-        """Input hash and value of every sound answer of a space."""
-        query = "WHERE space = (SELECT id FROM spaces WHERE sha256 = ?)"
-        for (_, key, value, _), sound in rows(self._opened(), query, (sha256,)):
-            if sound:
-                yield key.hex(), value
+    def rows(self, spaces: Iterable[str] | None = None) -> Iterator[tuple[str, str, bytes]]:
+        """Space (sha256), input hash and value of every sound answer, or of those of some spaces."""
+        for row in rows(self._opened(), None if spaces is None else set(spaces)):
+            if row.sound:
+                yield row.space, row.key.hex(), row.value
 
     # --- opening, damage
 
-    def _opened(self) -> sqlite3.Connection:
+    def _opened(self, *, writable: bool = False) -> sqlite3.Connection:
         if self._connection is None:
             raise UserError(f"The store {self.path} cannot be opened.")
+        if writable and not self._writable:
+            raise UserError(f"The store {self.path} cannot be written.")
         return self._connection
 
     def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Two processes that switch one new file to WAL at once would not wait for each other.
-            new = not self.path.exists() or self.path.stat().st_size == 0
-            with self._lock() if new else contextlib.nullcontext():
+            with contextlib.ExitStack() as held:
+                # SQLite opens file and WAL one after the other: between the two nobody may begin a new file. And two
+                # that switch one new file to WAL at once would not wait for each other. Where a lock cannot be had,
+                # neither is likely.
+                with contextlib.suppress(*FILE_FAILURES):
+                    held.enter_context(self._lock())
                 self._opened_file = self._file_number()
                 self._connection = create(self.path)
                 self._opened_file = self._file_number()
-        except sqlite3.DatabaseError as error:
+        except FAILURES as error:
             if error_code(error) in DAMAGE:
                 self._mend(error)
             else:
                 self._open_read_only(error)
-        except OSError as error:
+        except FILE_FAILURES as error:
             self._give_up(error)
 
     def _lock(self) -> FileLock:
-        return FileLock(f"{self.path}.lock")
+        return FileLock(f"{self.path}.lock", timeout=BUSY_SECONDS)
 
-    def _open_read_only(self, cause: sqlite3.Error) -> None:
-        # Without write access to the folder SQLite cannot share a WAL file; nobody else writes there either.
-        for mode in ("mode=ro", "mode=ro&immutable=1"):
-            try:
-                connection = connect(f"{self.path.resolve().as_uri()}?{mode}")
-                check_owner(connection, self.path)
-            except sqlite3.DatabaseError:
-                continue
-            self._connection, self._writable = connection, False
+    def _open_read_only(self, cause: Exception) -> None:
+        try:
+            self._connection, self._writable = self._connect_read_only(), False
+        except FAILURES:
+            self._give_up(cause)
+        else:
             self._warn("read-only", f"{cause}; what it holds is used, what is new is not kept")
-            return
-        self._give_up(cause)
 
-    def _mend(self, error: sqlite3.DatabaseError) -> None:
+    def _connect_read_only(self) -> sqlite3.Connection:
+        address = self.path.resolve().as_uri()
+        try:
+            return checked(connect(f"{address}?mode=ro"), self.path)
+        except FAILURES:
+            # Without write access to the folder SQLite cannot share a WAL file; nobody else writes there either.
+            return checked(connect(f"{address}?mode=ro&immutable=1"), self.path)
+
+    def _mend(self, error: Exception) -> None:
         """Set a damaged file aside and begin a new one; stop writing after any other error."""
         if error_code(error) not in DAMAGE:
             # Room may be made while the run goes on; what else stops a write will not pass.
-            self._writable = self._writable and error_code(error) == sqlite3.SQLITE_FULL
+            self._writable = self._writable and error_code(error) in NO_ROOM
             self._warn("writing", f"{error}; the run goes on, and what it computes now is not kept")
             return
         if self._connection is not None and not self._writable:
@@ -314,7 +356,7 @@ class Store:
             return
         try:
             self._begin_anew(str(error))
-        except (sqlite3.DatabaseError, OSError) as again:
+        except (*FAILURES, *FILE_FAILURES) as again:
             self._give_up(again)
 
     def _begin_anew(self, reason: str) -> int:
@@ -334,7 +376,9 @@ class Store:
         """Rename the file with its WAL; None if another process has done so since this one opened it."""
         if self._file_number() != self._opened_file:
             return None
-        aside = self.path.with_name(f"{self.path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}")
+        stem = f"{self.path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+        names = (self.path.with_name(f"{stem}-{number}") for number in itertools.count(1))
+        aside = next(path for path in names if not path.exists())  # the second within a second, of one process
         for ending in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 Path(f"{self.path}{ending}").rename(f"{aside}{ending}")
@@ -345,8 +389,8 @@ class Store:
 
     def _rescue(self, aside: Path) -> int:
         """Take over what can still be read of a damaged file."""
-        lengthen(aside)
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with contextlib.suppress(*FAILURES, OSError):
+            forget_length(aside)
             source = connect(aside)
             try:
                 return take_over(source, self._opened())

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medvlm_harness.errors import UserError
 
 __all__ = [
+    "BUSY_SECONDS",
     "DAMAGE",
-    "check_owner",
+    "FAILURES",
+    "NO_ROOM",
+    "DamagedError",
+    "Row",
+    "SpaceRow",
+    "checked",
     "connect",
     "create",
     "digest_of",
     "error_code",
     "fits",
-    "lengthen",
+    "forget_length",
     "readable",
     "rows",
+    "sound_spaces",
+    "structure",
     "take_over",
     "transaction",
 ]
@@ -32,7 +39,11 @@ FORMAT = 1
 # Answers are about 2 kB; on SQLite's usual pages of 4 kB only one would fit, and half of each page stay empty.
 PAGE_SIZE = 16_384
 BUSY_SECONDS = 60.0
-DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+# SQLITE_ERROR ("no such column"): our statements are right, so the schema is not the one that was written.
+DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)  # the end of a quota is an input/output error
+# Python fails to decode what SQLite says of a damaged schema: its message quotes the noise.
+FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS spaces (
     id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, name TEXT NOT NULL, kind TEXT NOT NULL,
@@ -41,6 +52,32 @@ CREATE TABLE IF NOT EXISTS answers (
     id INTEGER PRIMARY KEY, space INTEGER NOT NULL, input BLOB NOT NULL, value BLOB NOT NULL, digest BLOB NOT NULL,
     UNIQUE (space, input));
 """
+
+
+class DamagedError(sqlite3.DatabaseError):
+    """What SQLite does not notice itself."""
+
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+
+
+class SpaceRow(NamedTuple):
+    """A space as the file holds it."""
+
+    sha256: str
+    name: str
+    kind: str
+    content: str
+    used: float
+
+
+class Row(NamedTuple):
+    """An answer as the file holds it, of whatever types damage left, and whether it is what was once written."""
+
+    space: str  # sha256; empty if its space cannot be read
+    key: bytes
+    value: bytes
+    digest: bytes
+    sound: bool
 
 
 def connect(target: Path | str) -> sqlite3.Connection:
@@ -57,9 +94,8 @@ def create(path: Path) -> sqlite3.Connection:
         UserError: if it is another program's database, or of another format.
         sqlite3.DatabaseError: if it is damaged, or may not be written.
     """
-    connection = connect(path)
+    connection = checked(connect(path), path)
     try:
-        check_owner(connection, path)
         connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # of a new file
         connection.execute("PRAGMA journal_mode = WAL")
         # A crash of the process loses nothing; one of the machine may lose the last batches, never the file.
@@ -76,15 +112,27 @@ def create(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def check_owner(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuse another program's database, and a store of another format.
+def checked(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    """The connection, if it leads to a store of this format or to a new file; else it is closed.
 
     Raises:
-        UserError: for either.
+        UserError: if it is another program's database, or of another format.
+        sqlite3.DatabaseError: if it cannot be read.
     """
-    owner = connection.execute("PRAGMA application_id").fetchone()[0]
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if owner == 0 and version == 0 and connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:
+    try:
+        _check_owner(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check_owner(connection: sqlite3.Connection, path: Path) -> None:
+    names = ("application_id", "user_version", "schema_version")  # read without the tables, which may not be ours
+    connection.execute("BEGIN")  # one view: another process may be making the file just now
+    owner, version, tables = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
+    connection.execute("ROLLBACK")
+    if owner == version == tables == 0:
         return  # new
     if owner != APPLICATION_ID:
         raise UserError(f"{path} is a database of another program: name another file, or store=off.")
@@ -113,66 +161,93 @@ def take_over(source: sqlite3.Connection, target: sqlite3.Connection, chosen: se
         target: written in one transaction.
         chosen: sha256 of the spaces to take; None for all.
     """
-    numbers: dict[int, int] = {}
+    numbers: dict[str, int] = {}
     taken = 0
     with transaction(target):
-        for old, sha256, *values in readable(source, "SELECT id, sha256, name, kind, content, used FROM spaces"):
-            sound = hashlib.sha256(str(values[2]).encode()).hexdigest() == sha256
-            if sound and (chosen is None or sha256 in chosen):
+        for space in sound_spaces(source).values():
+            if chosen is None or space.sha256 in chosen:
                 target.execute(
-                    "INSERT OR IGNORE INTO spaces (sha256, name, kind, content, used) VALUES (?, ?, ?, ?, ?)",
-                    (sha256, *values),
+                    "INSERT OR IGNORE INTO spaces (sha256, name, kind, content, used) VALUES (?, ?, ?, ?, ?)", space
                 )
-                found = target.execute("SELECT id FROM spaces WHERE sha256 = ?", (sha256,)).fetchone()
-                if found is not None:
-                    numbers[old] = found[0]
-        for (space, key, value, digest), sound in rows(source):
-            if sound and space in numbers:
+                found = target.execute("SELECT id FROM spaces WHERE sha256 = ?", (space.sha256,)).fetchone()
+                if found is not None:  # or the other file's index is damaged
+                    numbers[space.sha256] = found[0]
+        for row in rows(source, numbers):
+            if row.sound:
                 taken += target.execute(
                     "INSERT OR IGNORE INTO answers (space, input, value, digest) VALUES (?, ?, ?, ?)",
-                    (numbers[space], key, value, digest),
+                    (numbers[row.space], row.key, row.value, row.digest),
                 ).rowcount
     return taken
 
 
-def rows(
-    connection: sqlite3.Connection, where: str = "", values: tuple[Any, ...] = ()
-) -> Iterator[tuple[tuple[int, bytes, bytes, bytes], bool]]:
-    """Every readable answer, and whether it fits its digest."""
-    spaces = dict(readable(connection, "SELECT id, sha256 FROM spaces"))
-    query = f"SELECT space, input, value, digest FROM answers {where}"  # noqa: S608
-    for row in readable(connection, query, values):
-        space, key, value, digest = row
-        yield row, space in spaces and fits(spaces[space], key, value, digest)
+def sound_spaces(connection: sqlite3.Connection) -> dict[int, SpaceRow]:
+    """Row number -> every readable space whose description fits its hash."""
+    found = {}
+    for number, *values in readable(connection, "SELECT id, sha256, name, kind, content, used FROM spaces"):
+        space = SpaceRow(*values)
+        typed = all(isinstance(text, str) for text in space[:4]) and isinstance(space.used, float)
+        if typed and hashlib.sha256(space.content.encode()).hexdigest() == space.sha256:
+            found[number] = space
+    return found
 
 
-def readable(connection: sqlite3.Connection, query: str, values: tuple[Any, ...] = ()) -> Iterator[Any]:
-    """The rows of a query, from both ends: damage in the middle of a table hides neither."""
+def rows(connection: sqlite3.Connection, chosen: Container[str] | None = None) -> Iterator[Row]:
+    """Every readable answer, or those of the chosen spaces (sha256), in the order of the file."""
+    spaces = sound_spaces(connection)
+    where = ""
+    if chosen is not None:
+        numbers = [str(number) for number, space in spaces.items() if space.sha256 in chosen]
+        where = f"WHERE +space IN ({','.join(numbers)})"  # the plus: read the table through instead of sorting it
+    query = f"SELECT id, space, input, value, digest FROM answers {where}"  # noqa: S608
+    for _, number, key, value, digest in readable(connection, query):
+        space = spaces[number].sha256 if number in spaces else ""
+        yield Row(space, key, value, digest, bool(space) and fits(space, key, value, digest))
+
+
+def structure(connection: sqlite3.Connection) -> list[str]:
+    """What is wrong with the file as a whole, and with the descriptions of its spaces."""
+    try:
+        problems = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
+    except FAILURES as error:
+        if error_code(error) not in DAMAGE:
+            raise
+        problems = [str(error)]
+    unsound = len(list(readable(connection, "SELECT id FROM spaces"))) - len(sound_spaces(connection))
+    return problems + ([f"the descriptions of {unsound} spaces are damaged"] if unsound else [])
+
+
+def readable(connection: sqlite3.Connection, query: str) -> Iterator[Any]:
+    """The rows of a query that begin with their id, from both ends: damage in the middle of a table hides neither."""
+    reached = None
     for order in ("ASC", "DESC"):
         try:
-            yield from connection.execute(f"{query} ORDER BY id {order}", values)
-        except sqlite3.DatabaseError as error:
+            for row in connection.execute(f"{query} ORDER BY id {order}"):
+                if order == "ASC":
+                    reached = row[0]
+                elif reached is not None and row[0] <= reached:
+                    continue  # had from the other end
+                yield row
+        except FAILURES as error:
             if error_code(error) not in DAMAGE:
                 raise
         else:
             return
 
 
-def lengthen(path: Path) -> None:
-    """Fill a truncated file with empty pages up to the size in its header: SQLite reads nothing of a shorter one."""
-    # https://sqlite.org/fileformat.html, section 1.3: page size at byte 16 (1 stands for 65536), page count at 28.
-    with path.open("rb") as file:
-        header = file.read(100)
-    if header.startswith(b"SQLite format 3"):
-        size = int.from_bytes(header[16:18], "big")
-        whole = (65_536 if size == 1 else size) * int.from_bytes(header[28:32], "big")
-        if path.stat().st_size < whole:
-            os.truncate(path, whole)
+def forget_length(path: Path) -> None:
+    """Take the page count out of a file's header: of a file that is shorter than it says SQLite reads nothing."""
+    with path.open("r+b") as file:
+        if file.read(16) == b"SQLite format 3\0":
+            file.seek(28)  # https://sqlite.org/fileformat.html, section 1.3.8
+            file.write(bytes(4))
 
 
-def fits(space: str, key: object, value: object, digest: object) -> bool:
-    """Whether a row is what was once written; in a damaged file a value may have any type."""
-    return isinstance(key, bytes) and isinstance(value, bytes) and digest == digest_of(space, key, value)
+def fits(space: object, key: object, value: object, digest: object) -> bool:
+    """Whether a row is what was once written; in a damaged file any of them may have any type."""
+    if not (isinstance(space, str) and isinstance(key, bytes) and isinstance(value, bytes)):
+        return False
+    return digest == digest_of(space, key, value)
 
 
 def digest_of(space: str, key: bytes, value: bytes) -> bytes:
@@ -180,6 +255,8 @@ def digest_of(space: str, key: bytes, value: bytes) -> bytes:
     return hashlib.blake2b(value, digest_size=8, key=hashlib.sha256(space.encode() + key).digest()).digest()
 
 
-def error_code(error: sqlite3.Error) -> int:
+def error_code(error: Exception) -> int:
     """SQLite's primary error code; 0 for an error of Python's own module."""
+    if isinstance(error, UnicodeDecodeError):
+        return sqlite3.SQLITE_CORRUPT
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF

@@ -1,4 +1,4 @@
-"""What every backend of ours inherits: options checked, batch size read, and requests refused that it cannot answer."""
+"""What every backend of ours inherits: options, batch size, the other processes, and refusing what it cannot answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -14,7 +14,11 @@ from lm_eval.utils import simple_parse_args_string
 
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.model_backends.ranks import Ranks
 from medvlm_harness.requests import Capability, Embedding, LabelScores
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["MedicalLM"]
 
@@ -36,6 +40,9 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
         super().__init__()
         self.batch_size = _batch_size(batch_size)
         self.max_batch_size = _batch_size(max_batch_size, "max_batch_size")
+        self.ranks = Ranks.from_environment()
+        self._rank, self._world_size = self.ranks.rank, self.ranks.world_size
+        self._device: Any = "cpu"  # of a model that is nowhere
 
     # --- what it can do
 
@@ -69,6 +76,20 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to `config` of the results."""
         return {"model_num_parameters": self.card.parameters}
+
+    # --- several processes, each with the model and a share of the studies
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all processes, one after the other."""
+        return self.ranks.all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """What every process gives, by rank, on process `dst`; None on the others."""
+        return self.ranks.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.ranks.barrier()
 
     # --- options
 

@@ -58,7 +58,7 @@ class TorchBackend(MedicalLM):
     ) -> None:
         super().__init__(**options)
         self.pretrained = str(pretrained)
-        self._device = pick_device(device)
+        self._device = pick_device(device, self.ranks.local_rank)
         self.precision_asked = str(precision or self.DEFAULT_PRECISION)
         self.precision = choose_precision(self.precision_asked, self._device)
         self.dtype = dtype_of(self.precision)
@@ -200,10 +200,14 @@ class TorchBackend(MedicalLM):
         }
 
 
-def pick_device(device: str | None) -> torch.device:
-    """The device asked for; lm-eval says cuda:0 when nothing was asked, which without CUDA means: choose."""
-    if device in (None, "", "auto") or (str(device).startswith("cuda") and not torch.cuda.is_available()):
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+def pick_device(device: str | None, local_rank: int = 0) -> torch.device:
+    """The device asked for; lm-eval says cuda:0 when nothing was asked, which without CUDA means: choose.
+
+    Of several processes on one machine each takes the GPU of its number; more processes than GPUs share them.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device in (None, "", "auto", "cuda", "cuda:0") or (str(device).startswith("cuda") and not gpus):
+        return torch.device(f"cuda:{local_rank % gpus}" if gpus else "cpu")
     try:
         return torch.device(str(device))
     except RuntimeError as error:

@@ -14,6 +14,8 @@ __all__ = ["SCHEMA_VERSION", "MedvlmResults", "evaluate_with_details", "installe
 
 SCHEMA_VERSION = 1
 VERSIONS = ("medvlm-harness", "lm_eval", "torch", "transformers", "open_clip_torch", "numpy")
+# Of a model's description; each process counts its own.
+ADDED_UP = ("images_encoded", "images_recalled", "texts_encoded", "texts_recalled")
 # What a model of somebody else's can do is known by its methods; a task of somebody else's needs its output type.
 STOCK_REQUESTS = {"multiple_choice": "loglikelihood"}
 
@@ -50,15 +52,18 @@ def evaluate_with_details(
     contamination = {name: _check(task, lm) for name, task in running.items()}
     supported = {name: task for name, task in tasks.items() if name not in refused}
     results = evaluate(lm, {**task_dict, "tasks": supported}, *args, **kwargs)
-    if results is None:  # not the first process
+    model = _describe(lm)
+    if results is None or model is None:  # not the first process
         return None
     full = MedvlmResults(results)
+    if getattr(lm, "world_size", 1) > 1 and "samples" in full:
+        full["samples"] |= {name: task.as_one_process(full["samples"][name]) for name, task in running.items()}
     for name, reason in refused.items():
         _add_refused(full, name, tasks[name], reason)
     full["medvlm"] = {
         "schema_version": SCHEMA_VERSION,
         "versions": installed_versions(),
-        "model": _describe(lm),
+        "model": model,
         "tasks": {name: _details(task, contamination[name]) for name, task in running.items()},
         "unsupported": refused,
     }
@@ -124,11 +129,15 @@ def _details(task: Any, contamination: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe(lm: Any) -> dict[str, Any]:
-    if hasattr(lm, "describe"):
-        description: dict[str, Any] = lm.describe()
-        return description
-    return {"class": type(lm).__name__, "card": None}
+def _describe(lm: Any) -> dict[str, Any] | None:
+    """What the model says of itself, with what all processes did; None on all but the first."""
+    own = lm.describe() if hasattr(lm, "describe") else {"class": type(lm).__name__, "card": None}
+    size = getattr(lm, "world_size", 1)
+    described: list[dict[str, Any]] | None = lm.gather_object(own) if size > 1 else [own]
+    if described is None:
+        return None
+    summed = {key: sum(one[key] for one in described) for key in ADDED_UP if key in own}
+    return {**own, **summed, "world_size": size}
 
 
 def _add_refused(results: dict[str, Any], name: str, task: Any, reason: str) -> None:

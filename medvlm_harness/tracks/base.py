@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +30,7 @@ _log = logging.getLogger("lm_eval.medvlm")
 
 COMMON_KEYS = frozenset({"dataset", "hub", "aliases", "split", "label_source"})
 LABEL_SOURCE_ORDER = ("chexpert_labeler", "rules", "template", "mesh")
+STAND_IN = "stand_in"  # marks the document of a process that has none of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ class Metric:
         self.name = name
         self._estimates = estimates
 
-    def __call__(self, rows: Sequence[Any]) -> float:
-        """The value; NaN where it is undefined."""
+    def __call__(self, rows: list[Any]) -> float:
+        """The value; NaN where it is undefined. Takes the empty rows of stand-ins out of the list."""
+        rows[:] = [row for row in rows if row is not None]  # in place: lm-eval counts them afterwards
         return float(self._estimates(rows)[self.name].value)
 
     def stderr(self, rows: Sequence[Any]) -> float:
@@ -101,6 +102,7 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         self._instances: list[Instance] | None = None
         self._computed: tuple[tuple[int, ...], Mapping[str, Estimate]] | None = None
         self.rows: Sequence[Any] = ()
+        self._asked: Sequence[int] = ()  # by --samples
         self.fewshot_rnd = None
         if not isinstance(declared.get("dataset"), str):
             raise UserError(f"{name}: expected `dataset:` to name a prepared set, but got {declared.get('dataset')!r}.")
@@ -238,25 +240,58 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
     def doc_iterator(
         self, *, rank: int = 0, limit: int | None = None, world_size: int = 1, samples: Sequence[int] | None = None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Documents with their number; under --samples, in the order asked for.
+        """The documents of one process, each with its number; under --samples, with its place among those asked for.
 
-        lm-eval's own takes them in the set's order and then logs them under the ids as asked.
+        A study belongs to one process in every task over the same split, so that its images are encoded there alone;
+        lm-eval's own counts documents. A process without any gets the first document as a stand-in, since lm-eval
+        expects at least one: its row is None, and `as_one_process` drops what is logged of it.
 
         Raises:
-            UserError: if --samples asks for a document that is not there.
+            UserError: if --samples asks for a document that is not there, or --limit for none.
         """
-        if not samples:
-            documents: Iterator[tuple[int, dict[str, Any]]] = super().doc_iterator(
-                rank=rank, limit=limit, world_size=world_size
-            )
-            return documents
-        for number in samples:
+        if limit is not None and limit < 1:
+            raise UserError(f"Expected --limit to be more than 0, but got {limit}.")
+        self._asked = tuple(samples or ())
+        for number in self._asked:
             if not 0 <= number < len(self.documents):
                 raise UserError(
                     f"{self.task_name}: --samples asks for document {number}, but they go from 0 to "
                     f"{len(self.documents) - 1}."
                 )
-        return islice(enumerate(self.documents[number] for number in samples), rank, None, world_size)
+        chosen = [self.documents[number] for number in self._asked] or self.documents[:limit]
+        own = [(k, doc) for k, doc in enumerate(chosen) if self._study_numbers[doc["study_id"]] % world_size == rank]
+        return iter(own or [(0, {**chosen[0], STAND_IN: True})])
+
+    @cached_property
+    def _study_numbers(self) -> dict[str, int]:
+        return {study.study_id: number for number, study in enumerate(self.studies)}
+
+    def build_all_requests(
+        self,
+        *,
+        limit: int | None = None,
+        samples: Sequence[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        **_: Any,
+    ) -> None:
+        """The requests of one process; lm-eval's own shows a bar on each, and adds examples and templates."""
+        self._instances = []
+        for number, doc in self.doc_iterator(rank=rank, limit=limit, world_size=world_size, samples=samples):
+            built = self.construct_requests(doc, "", metadata=(self.task_name, number, 1))
+            self._instances += built if isinstance(built, list) else [built]
+
+    def apply_filters(self) -> None:
+        """Take the first response; further ones come from lm-eval, which pads the shorter processes' requests."""
+        for instance in self._instances or ():
+            del instance.resps[instance.repeats :]
+        super().apply_filters()
+
+    def as_one_process(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What all processes logged, as one would have: without stand-ins, in the order of the documents asked for."""
+        place = {number: k for k, number in enumerate(self._asked)}
+        own = [sample for sample in samples if STAND_IN not in sample["doc"]]
+        return sorted(own, key=lambda sample: place.get(sample["doc_id"], sample["doc_id"]))
 
     def test_docs(self) -> list[dict[str, Any]]:
         """The documents of the chosen splits."""
@@ -285,8 +320,8 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         return doc.get("target")
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-        """One row, under every metric's name."""
-        return dict.fromkeys(self.metric_names(), self.make_row(doc, results))
+        """One row, under every metric's name; None for a stand-in."""
+        return dict.fromkeys(self.metric_names(), None if STAND_IN in doc else self.make_row(doc, results))
 
     @abstractmethod
     def make_row(self, doc: Mapping[str, Any], results: Sequence[Any]) -> Row:

@@ -19,11 +19,11 @@ RUN = ("run", "--model", "medvlm-baseline", "--tasks")
 def test_help_names_every_command(medvlm: Callable[..., Any]) -> None:
     status, out, err = medvlm("--help")
     assert (status, err) == (0, "")
-    for command in ("run", "ls", "models", "tasks-dir", "doctor", "data"):
+    for command in ("run", "ls", "models", "tasks-dir", "doctor", "data", "store"):
         assert f" {command} " in out
 
 
-@pytest.mark.parametrize("group", [(), ("data",)])
+@pytest.mark.parametrize("group", [(), ("data",), ("store",)])
 def test_no_arguments_print_the_help_and_no_empty_error(medvlm: Callable[..., Any], group: tuple[str, ...]) -> None:
     status, out, err = medvlm(*group)
     assert (status, err) == (2, "")
@@ -31,7 +31,15 @@ def test_no_arguments_print_the_help_and_no_empty_error(medvlm: Callable[..., An
 
 
 @pytest.mark.parametrize(
-    "command", [("run",), ("ls",), ("models",), ("doctor",), ("data", "prepare"), ("data", "info")]
+    "command",
+    [
+        ("run",),
+        ("ls",),
+        ("models",),
+        ("doctor",),
+        *(("data", name) for name in ("prepare", "info")),
+        *(("store", name) for name in ("info", "prune", "verify", "export")),
+    ],
 )
 def test_each_command_has_help(medvlm: Callable[..., Any], command: tuple[str, ...]) -> None:
     status, out, err = medvlm(*command, "--help")

@@ -154,9 +154,105 @@ def test_samples_are_logged_under_the_number_they_have(folder: Path) -> None:
     # lm-eval logs the k-th document that it gets as document asked[k].
     pairs = dict(one.doc_iterator(samples=asked))
     assert {asked[k]: document for k, document in pairs.items()} == {n: one.documents[n] for n in asked}
-    assert list(one.doc_iterator(samples=asked, rank=1, world_size=2)) == [(1, one.documents[0])]
+    # The studies' own numbers decide whose they are, not the places among those asked for.
+    assert list(one.doc_iterator(samples=asked, rank=0, world_size=2)) == [(1, one.documents[0])]
+    assert list(one.doc_iterator(samples=asked, rank=1, world_size=2)) == [(0, one.documents[3])]
     with pytest.raises(UserError, match=r"document 4, but they go from 0 to 3"):
         one.doc_iterator(samples=[4])
+
+
+# --- several processes
+
+
+@pytest.fixture
+def two_views(tmp_path: Path, write_set: Callable[..., Path], fake_image: Callable[..., Image]) -> Path:
+    """Seven studies, every fourth without a frontal image."""
+    studies = [
+        Study(
+            f"s{k}",
+            f"p{k}",
+            tuple(fake_image(f"{k}{view}.png", view) for view in ("frontal", "lateral")[k % 4 == 0 :]),
+            labels={"rules": {"Edema": k % 2}},
+            split="test",
+        )
+        for k in range(7)
+    ]
+    return write_set(tmp_path / "views", studies, label_names=("Edema",))
+
+
+def own_part(one: ZeroShot, **options: Any) -> list[int]:
+    """The documents' numbers in one process's requests."""
+    one.build_all_requests(**options)
+    return [instance.doc_id for instance in one.instances]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_document_has_one_process_and_each_image_the_same_one_in_every_task(
+    two_views: Path, world_size: int
+) -> None:
+    everything, frontal = task(two_views), task(two_views, views=["frontal"])
+    owner: dict[str, int] = {}
+    for one in (everything, frontal):
+        parts = [list(one.doc_iterator(rank=rank, world_size=world_size)) for rank in range(world_size)]
+        assert sorted(number for part in parts for number, _ in part) == list(range(len(one.documents)))
+        for rank, part in enumerate(parts):
+            for number, document in part:
+                assert document is one.documents[number]
+                assert owner.setdefault(document["study_id"], rank) == rank
+    assert len(frontal.documents) < len(everything.documents)
+    assert set(owner.values()) == set(range(world_size))
+
+
+@pytest.mark.parametrize("limit", [2, 5, 100])
+def test_a_limit_takes_the_first_documents_of_all_and_then_shares_them(two_views: Path, limit: int) -> None:
+    one = task(two_views)
+    parts = [own_part(one, rank=rank, world_size=2, limit=limit) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == list(range(min(limit, len(one.documents))))
+    assert own_part(one, limit=limit) == sorted(parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_nothing_is_refused(folder: Path, limit: int) -> None:
+    with pytest.raises(UserError, match=f"--limit to be more than 0, but got {limit}"):
+        task(folder).build_all_requests(limit=limit)
+
+
+def test_a_process_without_documents_has_a_stand_in_that_counts_nowhere(folder: Path) -> None:
+    one = task(folder)
+    gathered, logged = [], []
+    for rank in range(3):
+        ((number, document),) = one.doc_iterator(rank=rank, world_size=3, limit=1)
+        assert own_part(one, rank=rank, world_size=3, limit=1) == [number] == [0]
+        row = one.process_results(document, [LabelScores((0.25,), (0.5,))])["auroc"]
+        gathered.append(row)
+        logged.append({"doc_id": number, "doc": document})
+    assert [row is None for row in gathered] == [False, True, True]
+    assert np.isnan(one.aggregation()["auroc"](gathered))
+    # lm-eval takes the length of this very list for the number of documents.
+    assert [row.study_id for row in gathered] == ["test0"] == [row.study_id for row in one.rows]
+    assert one.as_one_process(logged) == [{"doc_id": 0, "doc": one.documents[0]}]
+
+
+@pytest.mark.parametrize(("asked", "order"), [(None, [0, 1, 2, 3]), ([3, 0, 2], [3, 0, 2])])
+def test_what_processes_log_comes_in_the_order_of_one(folder: Path, asked: list[int] | None, order: list[int]) -> None:
+    one = task(folder)
+    logged = []
+    for rank in (0, 1):
+        for number, document in one.doc_iterator(rank=rank, world_size=2, samples=asked):
+            logged.append({"doc_id": asked[number] if asked else number, "doc": document})  # as lm-eval does
+    ordered = one.as_one_process(logged)
+    assert [sample["doc_id"] for sample in ordered] == order
+    assert [sample["doc"] for sample in ordered] == [one.documents[number] for number in order]
+
+
+def test_responses_that_pad_the_shorter_process_are_dropped(folder: Path) -> None:
+    one = task(folder)
+    one.build_all_requests()
+    for k, instance in enumerate(one.instances):
+        instance.resps = [LabelScores((float(k),), (0.5,))] * (3 if k == len(one.instances) - 1 else 1)
+    one.apply_filters()
+    assert [len(instance.resps) for instance in one.instances] == [1] * 4
+    assert [instance.filtered_resps["none"].margin for instance in one.instances] == [(0.0,), (1.0,), (2.0,), (3.0,)]
 
 
 def test_there_are_no_few_shot_examples(folder: Path) -> None:
