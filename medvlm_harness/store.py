@@ -306,8 +306,10 @@ class Store:
         return self._connection
 
     def _open(self) -> None:
+        lock = Path(f"{self.path}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            locked_before = lock.exists()
             with contextlib.ExitStack() as held:
                 # SQLite opens file and WAL one after the other: between the two nobody may begin a new file. And two
                 # that switch one new file to WAL at once would not wait for each other. Where a lock cannot be had,
@@ -317,6 +319,10 @@ class Store:
                 self._opened_file = self._file_number()
                 self._connection = create(self.path)
                 self._opened_file = self._file_number()
+        except UserError:
+            if not locked_before:
+                lock.unlink(missing_ok=True)  # nothing stays beside somebody else's file
+            raise
         except FAILURES as error:
             if error_code(error) in DAMAGE:
                 self._mend(error)

@@ -6,6 +6,7 @@ the same code that the tests run on two CPU processes, and the GPUs' memory is l
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ class Ranks:
         with _together():
             # `cpu` is about what the processes talk through; each backend picks its device itself.
             state = PartialState(cpu=True, backend="gloo", timeout=TIMEOUT)
+        # Else gloo's threads are torn down while they run, which now and then ends a finished process by SIGABRT.
+        atexit.register(state.destroy_process_group)
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
