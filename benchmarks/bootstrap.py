@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medvlm_harness.metrics.bootstrap import study_weights
+from medvlm_harness.metrics import bootstrap
 from medvlm_harness.tracks import zero_shot_metrics
 
 IMAGES = 3_794  # frontal images of IU-CXR
 LABELS = 13
 RESAMPLES = 1000
 TIMED = 20
+ROUNDS = 3
 Array = NDArray[np.float64]
 
 
@@ -34,7 +35,7 @@ def measure(images: int | None = None) -> dict[str, object]:
 
 
 def run(n: int) -> dict[str, object]:
-    """One process: the first call of ours, its draws included, then the reference."""
+    """One process: the fastest call of ours, its draws included, then the reference."""
     rng = np.random.default_rng(0)
     truth = (rng.random((n, LABELS)) < np.geomspace(0.003, 0.2, LABELS)).astype(np.float64)
     score = rng.standard_normal((n, LABELS)) + truth
@@ -43,15 +44,17 @@ def run(n: int) -> dict[str, object]:
     keys = [f"label_{j}" for j in range(LABELS)]
 
     def ours(others: dict[str, Array]) -> float:
+        bootstrap._times_drawn.cache_clear()
         start = time.perf_counter()
         zero_shot_metrics.multilabel(
             truth, score, studies, keys=keys, subsets={"first": range(5)}, findings=range(LABELS - 1), others=others
         )
         return time.perf_counter() - start
 
-    seconds, with_another_source = ours({}), ours({"other": np.nan_to_num(truth)})
+    seconds = min(ours({}) for _ in range(ROUNDS))
+    with_another_source = min(ours({"other": np.nan_to_num(truth)}) for _ in range(ROUNDS))
     samples = zero_shot_metrics._Macro(truth, score, np.asarray(studies), keys).samples
-    weights = study_weights(studies, resamples=TIMED).astype(np.intp)
+    weights = bootstrap.study_weights(studies, resamples=TIMED).astype(np.intp)
     auroc_seconds, auroc = _sklearn(roc_auc_score, truth, score, weights)
     ap_seconds, average_precision = _sklearn(average_precision_score, truth, score, weights)
     reference = auroc_seconds / TIMED * RESAMPLES

@@ -6,7 +6,7 @@ Weights instead of resampled items: everything that is sorted or counted once st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from medvlm_harness.metrics.estimate import Estimate
 __all__ = [
     "PercentileInterval",
     "bootstrap_estimate",
+    "bootstrap_means",
     "percentile_interval",
     "resample",
     "standard_error",
@@ -28,7 +29,9 @@ __all__ = [
     "weighted_median",
 ]
 
-_BLOCK_BYTES = 64 * 2**20
+# Small enough for the processor's cache, and for memory that does not grow with the number of items.
+_BLOCK_BYTES = 4 * 2**20
+_KEPT_BYTES = 64 * 2**20
 
 Weights = NDArray[np.float64]
 """How often each item is in each resample: whole numbers, shape (resamples, n)."""
@@ -63,7 +66,7 @@ def study_weights(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0)
 
 
 def weight_blocks(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Iterator[Weights]:
-    """The rows of `study_weights` in order, in blocks of at most 64 MB."""
+    """The rows of `study_weights` in order, in blocks of at most 4 MB."""
     studies, item = _studies(study_ids)
     if resamples < 1 or seed < 0:
         raise ValueError(f"Expected resamples >= 1 and seed >= 0, but got {resamples} and {seed}.")
@@ -109,6 +112,48 @@ def bootstrap_estimate(
     if np.isnan(value):
         return Estimate.undefined("undefined on these items", n=n, positives=positives)
     samples = resample(statistic, study_ids, resamples=resamples, seed=seed)
+    return _estimate(value, samples, n=n, positives=positives, floor=floor, ceiling=ceiling, seed=seed)
+
+
+def bootstrap_means(
+    values: ArrayLike,
+    study_ids: ArrayLike,
+    *,
+    floors: Sequence[float],
+    ceilings: Sequence[float],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Estimate]:
+    """`bootstrap_estimate` of the means of several columns at once, with one product per block.
+
+    Args:
+        values: no NaN, shape (n, columns).
+        study_ids: the study of each item, shape (n,).
+        floors: see `Estimate`, one per column.
+        ceilings: see `Estimate`, one per column.
+        resamples: number of resamples.
+        seed: the same for all that is to be compared.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    if len(v) == 0:
+        return [Estimate.undefined("no item", n=0) for _ in floors]
+    samples = resample(lambda w: w @ v / w.sum(axis=1, keepdims=True), study_ids, resamples=resamples, seed=seed)
+    return [
+        _estimate(float(mean), column, n=len(v), positives=None, floor=floor, ceiling=ceiling, seed=seed)
+        for mean, column, floor, ceiling in zip(v.mean(axis=0), samples.T, floors, ceilings, strict=True)
+    ]
+
+
+def _estimate(
+    value: float,
+    samples: NDArray[np.float64],
+    *,
+    n: int,
+    positives: int | None,
+    floor: float | None,
+    ceiling: float | None,
+    seed: int,
+) -> Estimate:
     low, high, undefined = percentile_interval(samples)
     return Estimate(
         value=value,
@@ -118,7 +163,7 @@ def bootstrap_estimate(
         positives=positives,
         floor=floor,
         ceiling=ceiling,
-        method=f"bootstrap over studies, {resamples} resamples, seed {seed}, percentile",
+        method=f"bootstrap over studies, {len(samples)} resamples, seed {seed}, percentile",
         reason=f"undefined on {undefined:.1%} of the resamples" if undefined else None,
         extra={"undefined_resamples": undefined},
     )
@@ -186,21 +231,26 @@ def weighted_median(values: ArrayLike, weights: ArrayLike) -> NDArray[np.float64
 
 def _blocks(studies: int, item: NDArray[np.intp], resamples: int, seed: int) -> Iterator[Weights]:
     rows = max(1, _BLOCK_BYTES // (8 * item.size))
+    kept = _times_drawn(studies, 0, resamples, seed) if 2 * studies * resamples <= _KEPT_BYTES else None
     for start in range(0, resamples, rows):
+        count = min(rows, resamples - start)
+        drawn = _draw(studies, start, count, seed) if kept is None else kept[:, start : start + count]
         # The items of a resample lie apart in memory: what takes items in another order copies whole rows.
-        yield _times_drawn(studies, start, min(rows, resamples - start), seed)[item].T
+        yield drawn[item].astype(np.float64).T
 
 
-@lru_cache(maxsize=2)  # the metrics of a task ask for the same ones, one after the other
-def _times_drawn(studies: int, start: int, rows: int, seed: int) -> Weights:
+def _draw(studies: int, start: int, rows: int, seed: int) -> NDArray[np.int16]:
     """How often each study is in each resample from `start` on, shape (studies, rows)."""
-    times = np.empty((studies, rows))
+    times = np.empty((studies, rows), dtype=np.int16)
     for row in range(rows):
         # One generator per resample: neither the size of a block nor the number of resamples changes a draw.
         drawn = np.random.default_rng((seed, start + row)).integers(studies, size=studies)
         times[:, row] = np.bincount(drawn, minlength=studies)
     times.setflags(write=False)
     return times
+
+
+_times_drawn = lru_cache(maxsize=2)(_draw)  # the metrics of a task ask for the same ones, one after the other
 
 
 def _studies(study_ids: ArrayLike) -> tuple[int, NDArray[np.intp]]:

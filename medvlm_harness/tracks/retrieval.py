@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from medvlm_harness.data.labels import resolve
 from medvlm_harness.data.records import Image, Study
-from medvlm_harness.metrics.bootstrap import bootstrap_estimate, weighted_mean, weighted_median
+from medvlm_harness.metrics.bootstrap import bootstrap_estimate, bootstrap_means, weighted_median
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.retrieval import (
     RankedQueries,
@@ -148,10 +148,11 @@ class Retrieval(MedicalTask):
                 ranked = _only(ranked, asked)
                 study_ids = np.array([row.study_id for row in items])[asked]
                 summary = _Summary(ranked, _only(floor, asked), ceiling and _only(ceiling, asked), study_ids)
-                for k in KS:
-                    estimates[f"{direction}_recall@{k}{suffix}"] = summary.recall(k)
+                means = {f"{direction}_recall@{k}{suffix}": partial(recall_at, k=k) for k in KS}
                 if suffix == "":
-                    estimates[f"{direction}_mrr"] = summary.mean_reciprocal_rank()
+                    means[f"{direction}_mrr"] = reciprocal_rank
+                estimates |= summary.means(means)
+                if suffix == "":
                     estimates[f"{direction}_median_rank"] = summary.median_rank()
                     self.ranks[direction] = dict(zip(study_ids.tolist(), expected_rank(ranked), strict=True))
         return {name: estimates[name] for name in self.metric_names()}
@@ -189,13 +190,17 @@ class _Summary:
     ) -> None:
         self.ranked, self.floor, self.ceiling, self.studies = ranked, floor, ceiling, studies
 
-    def recall(self, k: int) -> Estimate:
-        """Share of queries with a hit among the first k."""
-        return self._mean(lambda ranked: recall_at(ranked, k))
-
-    def mean_reciprocal_rank(self) -> Estimate:
-        """Mean of 1 / rank of the first hit."""
-        return self._mean(reciprocal_rank)
+    def means(self, per_query: Mapping[str, Callable[[RankedQueries], NDArray[np.float64]]]) -> dict[str, Estimate]:
+        """Means over the queries of what is computed of each."""
+        if self.studies.size == 0:
+            return {name: Estimate.undefined("no query has a hit", n=0) for name in per_query}
+        found = bootstrap_means(
+            np.stack([compute(self.ranked) for compute in per_query.values()], axis=1),
+            self.studies,
+            floors=[float(np.mean(compute(self.floor))) for compute in per_query.values()],
+            ceilings=[1.0 if self.ceiling is None else float(np.mean(f(self.ceiling))) for f in per_query.values()],
+        )
+        return dict(zip(per_query, found, strict=True))
 
     def median_rank(self) -> Estimate:
         """Median of the expected ranks."""
@@ -206,17 +211,6 @@ class _Summary:
             self.studies,
             floor=float(np.median(expected_rank(self.floor))),
             ceiling=ceiling,
-        )
-
-    def _mean(self, per_query: Callable[[RankedQueries], NDArray[np.float64]]) -> Estimate:
-        values = per_query(self.ranked)
-        if values.size == 0:
-            return Estimate.undefined("no query has a hit", n=0)
-        return bootstrap_estimate(
-            lambda weights: weighted_mean(values, weights),
-            self.studies,
-            floor=float(np.mean(per_query(self.floor))),
-            ceiling=1.0 if self.ceiling is None else float(np.mean(per_query(self.ceiling))),
         )
 
 
