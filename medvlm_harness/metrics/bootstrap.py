@@ -29,8 +29,8 @@ __all__ = [
     "weighted_median",
 ]
 
-# Small enough for the processor's cache, and for memory that does not grow with the number of items.
-_BLOCK_BYTES = 4 * 2**20
+# Large enough for few steps in Python, small enough for memory that does not grow with the number of items.
+_BLOCK_BYTES = 16 * 2**20
 _KEPT_BYTES = 64 * 2**20
 
 Weights = NDArray[np.float64]
@@ -66,7 +66,7 @@ def study_weights(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0)
 
 
 def weight_blocks(study_ids: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Iterator[Weights]:
-    """The rows of `study_weights` in order, in blocks of at most 4 MB."""
+    """The rows of `study_weights` in order, in blocks of at most 16 MB."""
     studies, item = _studies(study_ids)
     if resamples < 1 or seed < 0:
         raise ValueError(f"Expected resamples >= 1 and seed >= 0, but got {resamples} and {seed}.")
