@@ -42,6 +42,7 @@ VARIANTS = {
     "_impression": ("impression", "strict"),
 }
 NO_LABELS = {"No Finding"}
+PerQuery = Callable[[RankedQueries], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ class Retrieval(MedicalTask):
                 ranked = _only(ranked, asked)
                 study_ids = np.array([row.study_id for row in items])[asked]
                 summary = _Summary(ranked, _only(floor, asked), ceiling and _only(ceiling, asked), study_ids)
-                means = {f"{direction}_recall@{k}{suffix}": partial(recall_at, k=k) for k in KS}
+                means: dict[str, PerQuery] = {f"{direction}_recall@{k}{suffix}": partial(recall_at, k=k) for k in KS}
                 if suffix == "":
                     means[f"{direction}_mrr"] = reciprocal_rank
                 estimates |= summary.means(means)
@@ -190,7 +191,7 @@ class _Summary:
     ) -> None:
         self.ranked, self.floor, self.ceiling, self.studies = ranked, floor, ceiling, studies
 
-    def means(self, per_query: Mapping[str, Callable[[RankedQueries], NDArray[np.float64]]]) -> dict[str, Estimate]:
+    def means(self, per_query: Mapping[str, PerQuery]) -> dict[str, Estimate]:
         """Means over the queries of what is computed of each."""
         if self.studies.size == 0:
             return {name: Estimate.undefined("no query has a hit", n=0) for name in per_query}
