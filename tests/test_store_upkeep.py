@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlm_harness.errors import UserError
@@ -150,6 +150,7 @@ def test_idle_is_what_no_run_has_used_since() -> None:
     assert idle_since(infos, 2.0) == infos[:2]
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 10**6), min_size=1, max_size=12),
     share=st.floats(0, 1.2),
@@ -284,6 +285,7 @@ def test_a_size_is_shown(size: float, text: str) -> None:
     assert format_size(size) == text
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**15))
 def test_what_is_shown_is_read_back(size: int) -> None:
     assert parse_size(format_size(size)) == pytest.approx(size, rel=0.06)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ __all__ = ["app"]
 app = typer.Typer(help="See, trim, check and export what models answered.", no_args_is_help=True)
 
 SHOWN_HASH = 12  # characters, as in every other table
-MEND = "medvlm store verify --repair"
 File = Annotated[Path | None, typer.Option("--file", help="The store, if not the default one.")]
 Models = Annotated[
     list[str] | None,
@@ -119,7 +119,9 @@ def verify(
         typer.echo(f"{path}: {found.answers:,} answers, all sound")
         return
     if not repair:
-        typer.echo(f"{path} is damaged ({_damage(found)}): run `{MEND}`. Until then what is damaged is computed again.")
+        typer.echo(
+            f"{path} is damaged ({_damage(found)}): run `{_mend(path)}`. Until then what is damaged is computed again."
+        )
         raise typer.Exit(1)
     typer.echo(f"{path} is damaged ({_damage(found)})")
     with _opened(path) as store:  # which begins a new file already if it cannot be opened at all
@@ -189,8 +191,15 @@ def _clear_errors(path: Path) -> Iterator[None]:
         yield
     except FAILURES as error:
         if error_code(error) in DAMAGE:
-            raise UserError(f"The store {path} is damaged ({error}): run `{MEND}`.") from error
+            raise UserError(f"The store {path} is damaged ({error}): run `{_mend(path)}`.") from error
         raise UserError(f"The store {path} cannot be used: {error}.") from error
+
+
+def _mend(path: Path) -> str:
+    """The command that mends a store."""
+    from medvlm_harness.store import default_path
+
+    return "medvlm store verify --repair" + ("" if path == default_path() else f" --file {shlex.quote(str(path))}")
 
 
 def _damage(found: Verification) -> str:

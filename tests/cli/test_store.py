@@ -229,6 +229,15 @@ def test_damaged_answers_are_counted_and_repair_leaves_them_out(medvlm: Callable
     assert len(list(default.parent.glob("store.sqlite.damaged-*-[0-9]"))) == 1
 
 
+def test_the_command_that_mends_names_the_store(medvlm: Callable[..., Any], tmp_path: Path) -> None:
+    fill(tmp_path / "an other.sqlite")
+    change(tmp_path / "an other.sqlite", "UPDATE answers SET value = X'00' WHERE id = 1")
+    out = medvlm("store", "verify", "--file", "an other.sqlite").out
+    assert "run `medvlm store verify --repair --file 'an other.sqlite'`." in out
+    assert medvlm("store", "verify", "--repair", "--file", "an other.sqlite").status == 0
+    assert medvlm("store", "verify", "--file", "an other.sqlite").status == 0
+
+
 def test_a_file_that_cannot_be_opened_is_left_alone_until_repair(medvlm: Callable[..., Any], default: Path) -> None:
     damaged = os.urandom(16_384) + default.read_bytes()[16_384:]
     default.write_bytes(damaged)
