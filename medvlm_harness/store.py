@@ -395,13 +395,15 @@ class Store:
 
     def _rescue(self, aside: Path) -> int:
         """Take over what can still be read of a damaged file."""
-        with contextlib.suppress(*FAILURES, OSError):
+        try:
             forget_length(aside)
             source = connect(aside)
             try:
                 return take_over(source, self._opened())
             finally:
                 source.close()
+        except (*FAILURES, OSError) as error:  # no room: what is damaged is read over
+            self._warn("rescue", f"nothing is taken over from {aside.name}: {error}")
         return 0
 
     def _give_up(self, error: Exception) -> None:

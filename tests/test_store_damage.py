@@ -270,6 +270,27 @@ def change_unchecked(path: Path, statement: str) -> None:
         connection.execute(statement)
 
 
+def test_where_there_is_no_room_to_take_answers_over_the_reason_is_said(
+    sound: Sound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def small(path: Path) -> sqlite3.Connection:
+        connection = create(path)
+        connection.execute("PRAGMA max_page_count = 10")
+        return connection
+
+    path = tmp_path / "a.sqlite"
+    path.write_bytes(sound.data)
+    monkeypatch.setattr(store_module, "create", small)
+    store = Store(path)
+    assert store.rebuild() == 0
+    (aside,) = tmp_path.glob("a.sqlite.damaged-*[0-9]")
+    why, what = (record.getMessage() for record in caplog.records)
+    assert why.endswith(f"nothing is taken over from {aside.name}: database or disk is full.")
+    assert what.endswith(f"set aside as {aside.name}, 0 answers taken over.")
+    assert store.get(SPACES[0], sound.answers[0]) == {}
+    store.close()
+
+
 # --- the write-ahead log
 
 WAL_DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
