@@ -6,7 +6,7 @@ import csv
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ from medvlm_harness.demo.generate import prepare_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT_HEADER = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sessions_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the fixtures of a module or a session compute stays out of the user's store as well."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MEDVLM_STORE", str(tmp_path_factory.mktemp("store") / "store.sqlite"))
+        yield
 
 
 @pytest.fixture(autouse=True)

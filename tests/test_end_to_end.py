@@ -32,8 +32,8 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def run(forbid_sockets: Callable[[pytest.MonkeyPatch], None]) -> Run:
-    """One run of lm-eval in this process, without its own tasks, CUDA or network."""
+def run(forbid_sockets: Callable[[pytest.MonkeyPatch], None], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run of lm-eval in this process, without its own tasks, CUDA or network, and with an empty store."""
     torch.set_num_threads(1)
     plugin.install()
     import lm_eval
@@ -42,6 +42,7 @@ def run(forbid_sockets: Callable[[pytest.MonkeyPatch], None]) -> Run:
     def call(model: str, model_args: str, tasks: tuple[str, ...], data: Path, **options: Any) -> Any:
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(plugin.scope, "builtin_tasks", False)
+            monkeypatch.setenv("MEDVLM_STORE", str(tmp_path_factory.mktemp("run") / "store.sqlite"))
             forbid_sockets(monkeypatch)
             manager = TaskManager(metadata={"data_dir": str(data)})
             return lm_eval.simple_evaluate(
