@@ -162,15 +162,18 @@ def _add_tasks(module: "Any") -> None:
 def _wrap_evaluate(module: "Any") -> None:
     from functools import wraps
 
+    from medvlm_harness.results.environment import EarlyReport
+
     evaluate = module.evaluate
+    report = EarlyReport(module.add_env_info)
 
     @wraps(evaluate)
     def with_details(lm: "Any", task_dict: "Any", *args: "Any", **kwargs: "Any") -> "Any":
         from medvlm_harness.results.run import evaluate_with_details
 
-        return evaluate_with_details(evaluate, lm, task_dict, *args, **kwargs)
+        return evaluate_with_details(evaluate, report, lm, task_dict, *args, **kwargs)
 
-    module.evaluate = with_details
+    module.evaluate, module.add_env_info = with_details, report
 
 
 def _own_stderr(module: "Any") -> None:

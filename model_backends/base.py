@@ -6,6 +6,7 @@ import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lm_eval.api.instance import Instance
@@ -65,6 +66,9 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Greedy continuations."""
         raise self._cannot("generate_until")
+
+    def begin(self, background: Executor) -> None:
+        """Called when it is certain that there will be requests: submit what can go on while they are made."""
 
     def _cannot(self, request: str) -> UserError:
         return UserError(f"{self.card.name} ({self.card.family}) cannot answer `{request}` requests.")

@@ -108,9 +108,9 @@ class DualEncoder(TorchBackend):
         self.learn()
         self._encode_new_images([request.arguments[0] for request in requests])
         responses: list[LabelScores | None] = [None] * len(requests)
-        by_set: dict[str, list[int]] = {}
+        by_set: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
-            by_set.setdefault(str(request.arguments[1]), []).append(i)
+            by_set.setdefault(id(request.arguments[1]), []).append(i)  # the requests of a task share their set
         for indices in by_set.values():
             label_set: LabelSet = requests[indices[0]].arguments[1]
             images = np.stack([self._image_vectors[requests[i].arguments[0]] for i in indices])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.checkpoints import OPEN_CLIP_CONFIG
 from medvlm_harness.model_backends.dual_encoder import EncodedTexts
-from medvlm_harness.model_backends.towers import Towers, refuse_key_mismatch
+from medvlm_harness.model_backends.towers import LENGTH_STEP, Towers, refuse_key_mismatch
 
 __all__ = ["folder_towers", "load_exactly", "named_towers", "read_checkpoint", "wrap"]
 
@@ -206,8 +207,9 @@ def _encode_trimmed(model: open_clip.CLIP, ids: torch.Tensor) -> torch.Tensor:
     Reports are shorter than 77 tokens, labels much shorter. Source: Radford et al. 2021, arXiv 2103.00020, section 2.4:
     masked self-attention, features from the end token.
     """
-    length = int((ids != 0).sum(dim=1).max())  # the tokenizer pads with 0 behind the end token
-    ids = ids[:, :length]
+    longest = int((ids != 0).sum(dim=1).max())  # the tokenizer pads with 0 behind the end token
+    ids = ids[:, : math.ceil(longest / LENGTH_STEP) * LENGTH_STEP]
+    length = ids.shape[1]
     hidden = model.token_embedding(ids) + model.positional_embedding[:length]
     hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
     end = ids.argmax(dim=-1)  # the end token has the largest number

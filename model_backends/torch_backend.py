@@ -10,6 +10,7 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -64,6 +65,7 @@ class TorchBackend(MedicalLM):
         self.dtype = dtype_of(self.precision)
         self.batching = BatchSize(self.batch_size, self.max_batch_size)
         self.loaded = self._learned = False
+        self._digests: dict[str, Future[str]] = {}
         self._store_option = str(store)
         self.checkpoint = self.locate()
         self._complete_card()
@@ -129,6 +131,11 @@ class TorchBackend(MedicalLM):
 
     # --- the store
 
+    def begin(self, background: Executor) -> None:
+        """Hash the weights: of gigabytes it takes seconds."""
+        if "weights" not in vars(self):
+            self._digests = {path.name: background.submit(file_sha256, path) for path in self.checkpoint.weights}
+
     @cached_property
     def store(self) -> Store | None:
         """Opened when first asked; None if it is off."""
@@ -141,7 +148,8 @@ class TorchBackend(MedicalLM):
             self.ensure_loaded()
             state = getattr(self, "_loaded_weights", None)
             return {} if state is None else {"state": state}
-        return {path.name: file_sha256(path) for path in self.checkpoint.weights}
+        begun = self._digests
+        return {p.name: begun[p.name].result() if begun else file_sha256(p) for p in self.checkpoint.weights}
 
     @cached_property
     def identity(self) -> dict[str, Any] | None:

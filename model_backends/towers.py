@@ -11,7 +11,11 @@ from PIL.Image import Image
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.dual_encoder import EncodedTexts
 
-__all__ = ["Towers", "refuse_key_mismatch"]
+__all__ = ["LENGTH_STEP", "Towers", "refuse_key_mismatch"]
+
+# Tokens; the padded length of a batch of texts is a multiple of it. For each new shape torch's CPU kernels are compiled
+# anew and keep memory: with every length from 7 to 77 a quarter of the time and 900 MB (bf16, ViT-B/32, 64 texts).
+LENGTH_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL.Image import Image
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.dual_encoder import EncodedTexts
-from medvlm_harness.model_backends.towers import Towers, refuse_key_mismatch
+from medvlm_harness.model_backends.towers import LENGTH_STEP, Towers, refuse_key_mismatch
 
 __all__ = ["transformers_towers"]
 
@@ -42,7 +43,7 @@ def transformers_towers(location: str, *, revision: str | None = None) -> Towers
     model = model.eval()
     length = int(model.config.text_config.max_position_embeddings)
     # SigLIP was trained with texts padded to full length; the others mask padding.
-    padding = "max_length" if "siglip" in model.config.model_type else "longest"
+    masks = "siglip" not in model.config.model_type
 
     def preprocess(image: Image) -> torch.Tensor:
         pixels: torch.Tensor = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
@@ -52,12 +53,13 @@ def transformers_towers(location: str, *, revision: str | None = None) -> Towers
         return _pooled(model.get_image_features(pixel_values=pixels))
 
     def encode_texts(texts: list[str]) -> EncodedTexts:
-        batch = tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt").to(
+        lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+        padded = min(length, math.ceil(max(lengths) / LENGTH_STEP) * LENGTH_STEP) if masks else length
+        batch = tokenizer(texts, padding="max_length", truncation=True, max_length=padded, return_tensors="pt").to(
             model.device
         )
-        names = ("input_ids",) if padding == "max_length" else ("input_ids", "attention_mask")
+        names = ("input_ids", "attention_mask") if masks else ("input_ids",)
         vectors = _pooled(model.get_text_features(**{name: batch[name] for name in names}))
-        lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
         return EncodedTexts(vectors, [n > length for n in lengths])
 
     return Towers(

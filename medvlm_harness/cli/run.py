@@ -56,6 +56,7 @@ def run(
         _print_plan(plan_run(arguments))
     else:
         command.execute(arguments)
+    gc.freeze()  # to look among them once more at the end takes as long
 
 
 def _underscores(argument: str) -> str:

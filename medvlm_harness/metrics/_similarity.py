@@ -31,8 +31,13 @@ class Similarity(Protocol):
             column: gallery vector, shape (k,).
         """
 
-    def counts(self, best: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Items that are more similar than `best` (rows,) in the block computed last, and exactly as similar."""
+    def counts(self, row: NDArray[np.intp], best: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Items that are more similar than a value in a row of the block computed last, and exactly as similar.
+
+        Args:
+            row: shape (k,).
+            best: the value, shape (k,).
+        """
 
 
 class NumpySimilarity:
@@ -57,19 +62,20 @@ class NumpySimilarity:
         picked: NDArray[np.float32] = self._block[row, column]
         return picked
 
-    def counts(self, best: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def counts(self, row: NDArray[np.intp], best: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See `Similarity`."""
         # Row by row: a row and its mask stay in the cache, and a flat mask is counted much faster than by axis.
         greater, tied = np.empty((2, len(best)), dtype=np.int64)
-        for k, (row, value) in enumerate(zip(self._block, best, strict=True)):
-            greater[k], tied[k] = np.count_nonzero(row > value), np.count_nonzero(row == value)
+        for k, (number, value) in enumerate(zip(row.tolist(), best, strict=True)):
+            similar = self._block[number]
+            greater[k], tied[k] = np.count_nonzero(similar > value), np.count_nonzero(similar == value)
         # Of a vector with several copies one was counted. The sums are exact: whole numbers below 2**53.
         step = max(1, _CACHED // max(1, self._further.size))
         for start in range(0, len(best), step):
-            rows = slice(start, start + step)
-            repeated, value = self._block[rows, self._single :], best[rows, None]
-            greater[rows] += ((repeated > value) @ self._further).astype(np.int64)
-            tied[rows] += ((repeated == value) @ self._further).astype(np.int64)
+            part = slice(start, start + step)
+            repeated, value = self._block[row[part], self._single :], best[part, None]
+            greater[part] += ((repeated > value) @ self._further).astype(np.int64)
+            tied[part] += ((repeated == value) @ self._further).astype(np.int64)
         return greater, tied
 
 
@@ -92,10 +98,14 @@ class TorchSimilarity:
         picked: NDArray[np.float32] = self._block[self._sent(row), self._sent(column)].cpu().numpy()
         return picked
 
-    def counts(self, best: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def counts(self, row: NDArray[np.intp], best: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See `Similarity`."""
-        value = self._sent(best)[:, None]
-        return self._items(self._block > value), self._items(self._block == value)
+        greater, tied = np.empty((2, len(best)), dtype=np.int64)
+        for start in range(0, len(best), len(self._block)):  # a row may be asked for several times
+            part = slice(start, start + len(self._block))
+            similar, value = self._block[self._sent(row[part])], self._sent(best[part])[:, None]
+            greater[part], tied[part] = self._items(similar > value), self._items(similar == value)
+        return greater, tied
 
     def _items(self, mask: torch.Tensor) -> NDArray[np.int64]:
         items: NDArray[np.int64] = (mask * self._copies).sum(dim=1).cpu().numpy()

@@ -14,7 +14,7 @@ Values are per query. A query without a class, or without any hit in the gallery
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +28,13 @@ __all__ = [
     "duplicate_ceiling",
     "expected_rank",
     "rank_queries",
+    "rank_queries_by",
     "recall_at",
     "reciprocal_rank",
 ]
+
+Vectors = NDArray[np.float32]
+Classes = NDArray[np.int64]
 
 # Similarities held at once. More rows make a product faster, up to about this many.
 _BLOCK_ROWS = 512
@@ -68,41 +72,57 @@ def rank_queries(
         gallery_class: integer per gallery item, shape (m,); a hit has the query's class; -1 is never a hit.
         device: where to compute: None for the CPU with NumPy, or a torch device such as "cuda".
     """
-    q, g, of_query, of_gallery = _validated(queries, gallery, query_class, gallery_class)
-    greater, tied, hits_tied = np.zeros((3, len(q)), dtype=np.int64)
-    asked = np.flatnonzero(np.isin(of_query, of_gallery[of_gallery >= 0]))
-    if asked.size == 0:
-        return RankedQueries(greater, tied, hits_tied, len(g))
+    return rank_queries_by(queries, gallery, [(query_class, gallery_class)], device=device)[0]
 
+
+def rank_queries_by(
+    queries: ArrayLike, gallery: ArrayLike, classes: Sequence[tuple[ArrayLike, ArrayLike]], *, device: str | None = None
+) -> list[RankedQueries]:
+    """`rank_queries` for several ways to say what a hit is, each a pair of query and gallery classes, at once."""
+    q, g = _vectors(queries, gallery)
+    of_query, of_gallery = _numbered_apart(classes, len(q), len(g))  # (ways, n), (ways, m)
+    greater, tied, hits_tied = np.zeros((3, *of_query.shape), dtype=np.int64)
+    asked = np.nonzero(np.isin(of_query, of_gallery[of_gallery >= 0]))
+    if asked[0].size:
+        answers = _best_hits(q, g, asked[1], of_query[asked], of_gallery, device)
+        greater[asked], tied[asked], hits_tied[asked] = answers
+    return [RankedQueries(*way, len(g)) for way in zip(greater, tied, hits_tied, strict=True)]
+
+
+def _best_hits(
+    q: Vectors, g: Vectors, query: NDArray[np.intp], wanted: NDArray[np.int64], of_gallery: Classes, device: str | None
+) -> NDArray[np.int64]:
+    """Of each query and the class that it wants: greater, tied and hits tied, shape (3, asked)."""
     q_first, q_vector = _distinct(q)
     g_first, g_vector = _distinct(g)
     vectors, copies = _without_minus_zero(g[g_first]), np.bincount(g_vector).astype(np.int64)
     # Members of a class: the distinct vectors among its items, each with the number of items that have it.
-    labelled = of_gallery >= 0
-    members, hits = np.unique(np.c_[of_gallery[labelled], g_vector[labelled]], axis=0, return_counts=True)
-    # Queries with the same vector and the same class share their answer.
-    pairs, pair = np.unique(np.c_[q_vector[asked], of_query[asked]], axis=0, return_inverse=True)
+    way, item = np.nonzero(of_gallery >= 0)
+    members, hits = np.unique(np.c_[of_gallery[way, item], g_vector[item]], axis=0, return_counts=True)
+    # Queries with the same vector and the same class share their answer, those with the same vector its similarities.
+    pairs, pair = np.unique(np.c_[q_vector[query], wanted], axis=0, return_inverse=True)
     first, last = (np.searchsorted(members[:, 0], pairs[:, 1], side=side) for side in ("left", "right"))
+    rows, row_of_pair = np.unique(pairs[:, 0], return_inverse=True)
+    start = np.searchsorted(row_of_pair, np.arange(len(rows) + 1))  # of each row's pairs
 
-    blocks = list(_row_blocks(len(vectors) + _HIT_ELEMENTS * (last - first)))
+    blocks = list(_row_blocks(len(vectors) + _HIT_ELEMENTS * np.add.reduceat(last - first, start[:-1])))
     similarity: Similarity = (
-        NumpySimilarity(vectors, copies, max(rows.stop - rows.start for rows in blocks))
+        NumpySimilarity(vectors, copies, max(block.stop - block.start for block in blocks))
         if device is None
         else TorchSimilarity(vectors, copies, device)
     )
     answers = np.empty((3, len(pairs)), dtype=np.int64)
-    for rows in blocks:
-        size = last[rows] - first[rows]
+    for block in blocks:
+        these = slice(start[block.start], start[block.stop])
+        row = row_of_pair[these] - block.start
+        size = last[these] - first[these]
         offset = np.cumsum(size) - size
-        member = np.arange(size.sum()) - np.repeat(offset - first[rows], size)
-        row = np.repeat(np.arange(len(size)), size)
-        block = _without_minus_zero(q[q_first[pairs[rows, 0]]])
-        of_hits = similarity.at(block, row, members[member, 1])
+        member = np.arange(size.sum()) - np.repeat(offset - first[these], size)
+        of_hits = similarity.at(_without_minus_zero(q[q_first[rows[block]]]), np.repeat(row, size), members[member, 1])
         best = np.maximum.reduceat(of_hits, offset)
-        answers[0, rows], answers[1, rows] = similarity.counts(best)
-        answers[2, rows] = np.add.reduceat(np.where(of_hits == best[row], hits[member], 0), offset)
-    greater[asked], tied[asked], hits_tied[asked] = answers[:, pair.ravel()]
-    return RankedQueries(greater, tied, hits_tied, len(g))
+        answers[0, these], answers[1, these] = similarity.counts(row, best)
+        answers[2, these] = np.add.reduceat(np.where(of_hits == np.repeat(best, size), hits[member], 0), offset)
+    return answers[:, pair.ravel()]
 
 
 def recall_at(ranked: RankedQueries, k: int) -> NDArray[np.float64]:
@@ -124,9 +144,12 @@ def recall_at(ranked: RankedQueries, k: int) -> NDArray[np.float64]:
 
 def reciprocal_rank(ranked: RankedQueries) -> NDArray[np.float64]:
     """Expected 1 / rank of the first hit; per query, in (0, 1], higher is better, NaN without any hit."""
-    cases, case = np.unique(np.stack(ranked[:3], axis=1), axis=0, return_inverse=True)
-    value = np.array([_expected_reciprocal(*triple) for triple in cases.tolist()], dtype=np.float64)
-    return value[case.ravel()]
+    value = np.where(ranked.hits_tied > 0, 1 / (ranked.greater + 1), np.nan)  # that of a hit which ties with nothing
+    tied = ranked.tied > 1
+    if tied.any():
+        cases, case = np.unique(np.stack([array[tied] for array in ranked[:3]], axis=1), axis=0, return_inverse=True)
+        value[tied] = np.array([_expected_reciprocal(*triple) for triple in cases.tolist()])[case.ravel()]
+    return value
 
 
 def expected_rank(ranked: RankedQueries) -> NDArray[np.float64]:
@@ -239,20 +262,30 @@ def _classes(name: str, value: ArrayLike) -> NDArray[np.int64]:
     return given.astype(np.int64)
 
 
-def _validated(
-    queries: ArrayLike, gallery: ArrayLike, query_class: ArrayLike, gallery_class: ArrayLike
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+def _vectors(queries: ArrayLike, gallery: ArrayLike) -> tuple[Vectors, Vectors]:
     q = np.ascontiguousarray(queries, dtype=np.float32)
     g = np.ascontiguousarray(gallery, dtype=np.float32)
     if q.ndim != 2 or g.ndim != 2 or q.shape[1] != g.shape[1]:
         raise ValueError(f"Expected queries (n, d) and gallery (m, d), but got {q.shape} and {g.shape}.")
-    of_query, of_gallery = _classes("query_class", query_class), _classes("gallery_class", gallery_class)
-    if of_query.size != len(q) or of_gallery.size != len(g):
-        raise ValueError(
-            f"Expected {len(q)} query classes and {len(g)} gallery classes, "
-            f"but got {of_query.size} and {of_gallery.size}."
-        )
     for name, vectors in (("queries", q), ("gallery", g)):
         if not np.isfinite(vectors).all():
             raise ValueError(f"Expected finite {name}, but got NaN or infinity.")
-    return q, g, of_query, of_gallery
+    return q, g
+
+
+def _numbered_apart(
+    classes: Sequence[tuple[ArrayLike, ArrayLike]], queries: int, gallery: int
+) -> tuple[Classes, Classes]:
+    """The classes of all ways, none of which occurs in two of them."""
+    of_query = np.full((len(classes), queries), -1, dtype=np.int64)
+    of_gallery = np.full((len(classes), gallery), -1, dtype=np.int64)
+    free = 0
+    for way, (query_class, gallery_class) in enumerate(classes):
+        one, other = _classes("query_class", query_class), _classes("gallery_class", gallery_class)
+        if one.size != queries or other.size != gallery:
+            raise ValueError(
+                f"Expected {queries} query classes and {gallery} gallery classes, but got {one.size} and {other.size}."
+            )
+        of_query[way], of_gallery[way] = (np.where(given >= 0, given + free, -1) for given in (one, other))
+        free = 1 + max(free - 1, of_query[way].max(initial=-1), of_gallery[way].max(initial=-1))
+    return of_query, of_gallery

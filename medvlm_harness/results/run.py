@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.results.environment import EarlyReport
 from medvlm_harness.tracks.contamination import refuse_contaminated, trained_splits
 
 __all__ = ["SCHEMA_VERSION", "MedvlmResults", "evaluate_with_details", "installed_versions", "unsupported_reason"]
@@ -27,9 +29,12 @@ class MedvlmResults(dict[str, Any]):
 
 
 def evaluate_with_details(
-    evaluate: Callable[..., Any], lm: Any, task_dict: dict[str, Any], *args: Any, **kwargs: Any
+    evaluate: Callable[..., Any], report: EarlyReport, lm: Any, task_dict: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Run lm-eval's `evaluate` on what the model can do; a run without ours passes through untouched.
+
+    Once nothing is refused any more, what can go on while requests are made is begun in a thread: what the model has
+    for it, then the report on the machine.
 
     Raises:
         UserError: if nothing asked for is supported, a split is contaminated, or --metadata has an unknown key.
@@ -51,6 +56,12 @@ def evaluate_with_details(
     running = {name: task for name, task in ours.items() if name not in refused}
     contamination = {name: _check(task, lm) for name, task in running.items()}
     supported = {name: task for name, task in tasks.items() if name not in refused}
+    background = ThreadPoolExecutor(1, thread_name_prefix="background")
+    if hasattr(lm, "begin"):
+        lm.begin(background)
+    if getattr(lm, "rank", 0) == 0:
+        report.start(background)
+    background.shutdown(wait=False)
     results = evaluate(lm, {**task_dict, "tasks": supported}, *args, **kwargs)
     model = _describe(lm)
     if results is None or model is None:  # not the first process

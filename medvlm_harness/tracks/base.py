@@ -179,7 +179,7 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
             )
         return chosen
 
-    @property
+    @cached_property
     def label_source(self) -> str:
         """The source whose labels are the truth: asked for, else the first prepared one of a fixed order."""
         prepared = self.data.manifest.label_sources
@@ -195,7 +195,7 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
             raise UserError(f"{self.task_name}: {self.data.manifest.name} was prepared without labels: use --labels.")
         return ordered[0]
 
-    @property
+    @cached_property
     def other_sources(self) -> tuple[str, ...]:
         """The prepared label sources that the same scores are also evaluated against."""
         return tuple(source for source in self.data.manifest.label_sources if source != self.label_source)
@@ -321,7 +321,11 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """One row, under every metric's name; None for a stand-in."""
-        return dict.fromkeys(self.metric_names(), None if STAND_IN in doc else self.make_row(doc, results))
+        return dict.fromkeys(self._metric_names, None if STAND_IN in doc else self.make_row(doc, results))
+
+    @cached_property
+    def _metric_names(self) -> tuple[str, ...]:
+        return self.metric_names()
 
     @abstractmethod
     def make_row(self, doc: Mapping[str, Any], results: Sequence[Any]) -> Row:

@@ -20,7 +20,7 @@ from medvlm_harness.metrics.retrieval import (
     chance,
     duplicate_ceiling,
     expected_rank,
-    rank_queries,
+    rank_queries_by,
     recall_at,
     reciprocal_rank,
 )
@@ -132,31 +132,47 @@ class Retrieval(MedicalTask):
         """All metrics: queries resampled by study, the gallery as it is."""
         estimates: dict[str, Estimate] = {}
         self.ranks: dict[str, dict[str, float]] = {}
-        for suffix, (text, hit) in VARIANTS.items():
+        for text in TEXTS:
             items = [row for row in rows if text in row.texts]
+            variants = {suffix: hit for suffix, (searched, hit) in VARIANTS.items() if searched == text}
             if not items:
                 undefined = Estimate.undefined(f"no study has any {text}", n=0)
-                estimates |= {f"{d}_recall@{k}{suffix}": undefined for d in DIRECTIONS for k in KS}
+                estimates |= {
+                    f"{d}_recall@{k}{suffix}": undefined for suffix in variants for d in DIRECTIONS for k in KS
+                }
                 continue
             images = np.stack([row.image_vector.vector for row in items])
             texts = np.stack([row.texts[text].vector for row in items])
-            classes, text_class = _hit_classes(items, text, hit), _classes([row.text_ids[text] for row in items])
-            floor = chance(classes, classes)
-            ceiling = duplicate_ceiling(classes, classes, text_class, text_class) if hit == "strict" else None
+            classes = [_hit_classes(items, text, hit) for hit in variants.values()]
             for direction, queries, gallery in (("i2t", images, texts), ("t2i", texts, images)):
-                ranked = rank_queries(queries, gallery, classes, classes)
-                asked = ranked.hits_tied > 0
-                ranked = _only(ranked, asked)
-                study_ids = np.array([row.study_id for row in items])[asked]
-                summary = _Summary(ranked, _only(floor, asked), ceiling and _only(ceiling, asked), study_ids)
-                means: dict[str, PerQuery] = {f"{direction}_recall@{k}{suffix}": partial(recall_at, k=k) for k in KS}
-                if suffix == "":
-                    means[f"{direction}_mrr"] = reciprocal_rank
-                estimates |= summary.means(means)
-                if suffix == "":
-                    estimates[f"{direction}_median_rank"] = summary.median_rank()
-                    self.ranks[direction] = dict(zip(study_ids.tolist(), expected_rank(ranked), strict=True))
+                ranked = rank_queries_by(queries, gallery, [(one, one) for one in classes])
+                for suffix, one, found in zip(variants, classes, ranked, strict=True):
+                    estimates |= self._variant(direction, suffix, items, one, found)
         return {name: estimates[name] for name in self.metric_names()}
+
+    def _variant(
+        self,
+        direction: str,
+        suffix: str,
+        items: Sequence[RetrievalRow],
+        classes: NDArray[np.int64],
+        ranked: RankedQueries,
+    ) -> dict[str, Estimate]:
+        """The metrics of one direction of one variant, beside chance and what a perfect retriever reaches."""
+        text, hit = VARIANTS[suffix]
+        text_class = _classes([row.text_ids[text] for row in items])
+        floor = chance(classes, classes)
+        ceiling = duplicate_ceiling(classes, classes, text_class, text_class) if hit == "strict" else None
+        asked = ranked.hits_tied > 0
+        study_ids = np.array([row.study_id for row in items])[asked]
+        ranked = _only(ranked, asked)
+        summary = _Summary(ranked, _only(floor, asked), ceiling and _only(ceiling, asked), study_ids)
+        means: dict[str, PerQuery] = {f"{direction}_recall@{k}{suffix}": partial(recall_at, k=k) for k in KS}
+        if suffix:
+            return summary.means(means)
+        self.ranks[direction] = dict(zip(study_ids.tolist(), expected_rank(ranked), strict=True))
+        means[f"{direction}_mrr"] = reciprocal_rank
+        return {**summary.means(means), f"{direction}_median_rank": summary.median_rank()}
 
     # --- results
 

@@ -222,7 +222,8 @@ class ZeroShot(MedicalTask):
 
     def score_records(self, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]]:
         """One record per image and label."""
+        names = self.label_set.names
         for row in rows:
-            answers = zip(self.label_set.names, row.targets[self.source], *row.scores, strict=True)
+            answers = zip(names, row.targets[self.source], *row.scores, strict=True)
             for label, target, margin, probability in answers:
                 yield self.score_record(row, label, target=target, margin=margin, probability=probability)

@@ -12,7 +12,7 @@ from medvlm_harness.metrics.auroc_interval import auroc_interval
 from medvlm_harness.metrics.bootstrap import Weights, bootstrap_estimate, percentile_interval, resample, standard_error
 from medvlm_harness.metrics.classification import weighted_accuracy, weighted_balanced_accuracy
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.metrics.ranking import auroc, average_precision, weighted_ranking
+from medvlm_harness.metrics.ranking import WeightedRanking, average_precision
 
 __all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "multiclass", "multilabel"]
 
@@ -94,17 +94,16 @@ class _Macro:
         negatives = self.known.sum(axis=0) - self.positives
         self.enough = (self.positives >= MINIMUM_SUPPORT) & (negatives >= MINIMUM_SUPPORT)
         self.prevalence = self.positives / np.maximum(self.known.sum(axis=0), 1)
-        columns = [(y_true[k, j], score[k, j], k) for j, k in enumerate(self.known.T)]
-        self.values = {
-            "auroc": np.array([auroc(y, s) for y, s, _ in columns]),
-            "ap": np.array([average_precision(y, s) for y, s, _ in columns]),
-        }
+        columns = zip(y_true.T, score.T, self.known.T, strict=True)
+        rankings = [WeightedRanking(y, s, known=known) for y, s, known in columns]
 
         def statistic(weights: Weights) -> Array:
             """AUROC and average precision, (resamples, 2, labels)."""
-            return np.stack([np.stack(weighted_ranking(y, s, weights.T[k].T), axis=1) for y, s, k in columns], axis=2)
+            return np.stack([ranking(weights) for ranking in rankings]).T
 
-        samples = resample(statistic, studies)  # (resamples, 2, labels)
+        values = statistic(np.ones((1, self.n)))[0]
+        self.values = {"auroc": values[0], "ap": values[1]}
+        samples = resample(statistic, studies)
         self.samples = {"auroc": samples[:, 0], "ap": samples[:, 1]}
 
     def auroc(self, columns: Sequence[int], *, complete: bool = False) -> Estimate:

@@ -6,11 +6,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from medvlm_harness.metrics.bootstrap import study_weights
 from medvlm_harness.metrics.ranking import (
+    WeightedRanking,
     auroc,
     average_precision,
     weighted_auroc,
     weighted_average_precision,
-    weighted_ranking,
 )
 
 RNG = np.random.default_rng(7)
@@ -66,13 +66,20 @@ def test_a_weight_is_a_number_of_copies() -> None:
     )
 
 
+def test_items_that_do_not_count_are_not_looked_at() -> None:
+    y, s = np.array([0, np.nan, 1, 0, 7, 1]), np.array([0.1, 0.1, 0.5, 0.5, np.nan, 0.9])
+    known, w = np.array([True, False, True, True, False, True]), RNG.integers(0, 4, (50, 6))
+    expected = WeightedRanking(y[known], s[known])(w[:, known])
+    assert np.array_equal(WeightedRanking(y, s, known=known)(w), expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("prevalence", [0.02, 0.2, 0.9])
 @pytest.mark.parametrize("levels", [5, 10_000])
 def test_each_bootstrap_resample_is_scikit_learns_on_the_resampled_items(prevalence: float, levels: int) -> None:
     n = 400
     y, s = (RNG.random(n) < prevalence).astype(int), RNG.integers(0, levels, n) / levels
     weights = study_weights(np.arange(n) // 2, resamples=30)
-    quality = weighted_ranking(y, s, weights)
+    quality = WeightedRanking(y, s)(weights)
     for r, row in enumerate(weights.astype(int)):
         items = np.repeat(np.arange(n), row)
         if y[items].any() and not y[items].all():
@@ -85,7 +92,7 @@ def test_each_bootstrap_resample_is_scikit_learns_on_the_resampled_items(prevale
 def test_weights_may_be_fractions_and_lie_either_way_in_memory() -> None:
     y, s = np.r_[1, 0, RNG.random(48) < 0.3].astype(int), RNG.integers(0, 9, 50) / 9
     weights = RNG.random((20, 50)) * (RNG.random((20, 50)) < 0.6)
-    by_rows, by_columns = weighted_ranking(y, s, weights), weighted_ranking(y, s, np.asfortranarray(weights))
+    by_rows, by_columns = (WeightedRanking(y, s)(w) for w in (weights, np.asfortranarray(weights)))
     auc = [roc_auc_score(y, s, sample_weight=w) for w in weights]
     ap = [average_precision_score(y, s, sample_weight=w) for w in weights]
     for quality in (by_rows, by_columns):

@@ -19,6 +19,7 @@ from medvlm_harness.metrics.retrieval import (
     duplicate_ceiling,
     expected_rank,
     rank_queries,
+    rank_queries_by,
     recall_at,
     reciprocal_rank,
 )
@@ -90,11 +91,13 @@ def test_counts_equal_a_loop_with_duplicates_missing_classes_and_any_block(
     monkeypatch.setattr(retrieval, "_BLOCK_ELEMENTS", elements)
     for _ in range(10):
         q, g = RNG.integers(-1, 2, (25, 3)), RNG.integers(-1, 2, (40, 3))
-        of_query, of_gallery = RNG.integers(-1, 9, 25), RNG.integers(-1, 8, 40)
-        ranked = rank_queries(q, g, of_query, of_gallery, device=device)
-        expected = ranked_by_loops(q, g, of_query, of_gallery)
-        assert list(zip(*(array.tolist() for array in ranked[:3]), strict=True)) == expected
-        assert ranked.gallery == 40
+        classes = [(RNG.integers(-1, 9, 25), RNG.integers(-1, 8, 40)) for _ in range(3)]
+        for ways in (classes[:1], classes):
+            together = rank_queries_by(q, g, ways, device=device)
+            for ranked, (of_query, of_gallery) in zip(together, ways, strict=True):
+                expected = ranked_by_loops(q, g, of_query, of_gallery)
+                assert list(zip(*(array.tolist() for array in ranked[:3]), strict=True)) == expected
+                assert ranked.gallery == 40
 
 
 @pytest.mark.parametrize("cached", [1, 50, 2**18])
