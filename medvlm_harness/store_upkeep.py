@@ -287,7 +287,8 @@ def _schema() -> pa.Schema:
 
     names = ("model", "weights", "precision", "kind", "input", "perturbation", "prompt")
     texts = [pa.field(name, pa.string(), nullable=False) for name in names]
-    return pa.schema([*texts, pa.field("vector", pa.list_(pa.float32())), pa.field("text", pa.string())])
+    answers = {"vector": pa.list_(pa.float32()), "truncated": pa.bool_(), "text": pa.string()}
+    return pa.schema([*texts, *(pa.field(name, kind) for name, kind in answers.items())])
 
 
 def _batch(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
@@ -312,7 +313,8 @@ def _rows(answers: Iterable[tuple[str, str, bytes]], spaces: Mapping[str, SpaceI
         }
         try:
             if space.kind in VECTOR_KINDS:
-                row["vector"] = Embedding.from_bytes(value).vector
+                embedding = Embedding.from_bytes(value)
+                row |= {"vector": embedding.vector, "truncated": embedding.truncated}
             else:
                 row["text"] = value.decode()
         except ValueError as error:

@@ -98,6 +98,8 @@ class TorchBackend(MedicalLM):
         """Load the model if it is not; in its precision, on its device, in evaluation mode."""
         if self.loaded:
             return
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # some kernels run on the current one, wherever their tensors are
         if self.precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: 10 bits of 23
         self.load()

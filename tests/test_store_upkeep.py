@@ -321,6 +321,7 @@ def test_a_table_holds_every_answer_with_what_decided_it(answered: Store, tmp_pa
         "perturbation": "",
         "prompt": "",
         "vector": [2.0] * 4,
+        "truncated": True,
         "text": None,
     }
     labels = rows["classify", key(1)]
@@ -338,7 +339,7 @@ def test_a_table_of_chosen_models_holds_no_other(answered: Store, tmp_path: Path
 def test_a_table_of_nothing_has_its_columns(store: Store, tmp_path: Path) -> None:
     assert export_parquet(store, tmp_path / "none.parquet", []) == 0
     table = pq.read_table(tmp_path / "none.parquet")
-    assert (table.num_rows, table.num_columns) == (0, 9)
+    assert (table.num_rows, table.num_columns) == (0, 10)
 
 
 def test_vectors_come_out_as_they_went_in_over_several_batches(store: Store, tmp_path: Path) -> None:

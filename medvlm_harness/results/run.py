@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +37,8 @@ def evaluate_with_details(
     for it, then the report on the machine.
 
     Raises:
-        UserError: if nothing asked for is supported, a split is contaminated, or --metadata has an unknown key.
+        UserError: if nothing asked for is supported, a split is contaminated, --metadata has an unknown key, or
+            processes differ in what they have.
     """
     if "tasks" not in task_dict:  # the nested form of lm-eval's older API
         from lm_eval.evaluator_utils import _handle_back_comp
@@ -56,6 +57,9 @@ def evaluate_with_details(
     running = {name: task for name, task in ours.items() if name not in refused}
     contamination = {name: _check(task, lm) for name, task in running.items()}
     supported = {name: task for name, task in tasks.items() if name not in refused}
+    data = {f"data of {name}": task.data.sha256 for name, task in running.items()}
+    common = {**data, "precision": getattr(lm, "precision", None), "versions": installed_versions()}
+    _refuse_unequal(_gathered(lm, common) or [])
     background = ThreadPoolExecutor(1, thread_name_prefix="background")
     if hasattr(lm, "begin"):
         lm.begin(background)
@@ -143,12 +147,35 @@ def _details(task: Any, contamination: Mapping[str, Any]) -> dict[str, Any]:
 def _describe(lm: Any) -> dict[str, Any] | None:
     """What the model says of itself, with what all processes did; None on all but the first."""
     own = lm.describe() if hasattr(lm, "describe") else {"class": type(lm).__name__, "card": None}
-    size = getattr(lm, "world_size", 1)
-    described: list[dict[str, Any]] | None = lm.gather_object(own) if size > 1 else [own]
+    described = _gathered(lm, own)
     if described is None:
         return None
+    _refuse_unequal([{"weights": one.get("weights_sha256")} for one in described])
     summed = {key: sum(one[key] for one in described) for key in ADDED_UP if key in own}
-    return {**own, **summed, "world_size": size}
+    return {**own, **summed, "world_size": len(described)}
+
+
+def _gathered(lm: Any, own: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What every process gives, by rank; None on all but the first."""
+    if getattr(lm, "world_size", 1) == 1:
+        return [own]
+    gathered: list[dict[str, Any]] | None = lm.gather_object(own)
+    return gathered
+
+
+def _refuse_unequal(everyone: Sequence[Mapping[str, Any]]) -> None:
+    """Machines of one run have files and packages of their own, which must be the same ones.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    for rank, other in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if other[name] != value:
+                raise UserError(
+                    f"Process {rank} has other {name} than process 0: {other[name]}, not {value}. "
+                    "All processes of a run need the same."
+                )
 
 
 def _add_refused(results: dict[str, Any], name: str, task: Any, reason: str) -> None:

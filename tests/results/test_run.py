@@ -230,3 +230,20 @@ def test_the_models_own_options_are_no_unknown_keys(run: Callable[..., Any]) -> 
 def test_a_request_cache_is_refused(run: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="--cache_requests"):
         run(["syn_view"], cache_requests=True)
+
+
+@pytest.mark.parametrize("name", ["data of syn_view", "precision", "versions"])
+def test_processes_that_differ_in_what_they_have_are_refused(run: Callable[..., Any], name: str) -> None:
+    class First(ClassifyOnly):
+        """The first of two, the other of which has something else."""
+
+        world_size = 2
+
+        def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+            return [obj, {**obj, name: "other"}]
+
+        def classify(self, requests: Sequence[Instance]) -> list[LabelScores]:
+            raise AssertionError("asked, though it is known that the processes differ")
+
+    with pytest.raises(UserError, match=f"Process 1 has other {name} than process 0: other, not"):
+        run(["syn_view"], First())
