@@ -20,6 +20,7 @@ import logging
 import os
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -145,7 +146,7 @@ class Store:
         self._writable = not read_only
         self._warned: set[str] = set()
         if read_only:
-            self._connection = self._connect_read_only()
+            self._use(self._connect_read_only())
         else:
             self._open()
 
@@ -317,7 +318,7 @@ class Store:
                 with contextlib.suppress(*FILE_FAILURES):
                     held.enter_context(self._lock())
                 self._opened_file = self._file_number()
-                self._connection = create(self.path)
+                self._use(create(self.path))
                 self._opened_file = self._file_number()
         except UserError:
             if not locked_before:
@@ -336,11 +337,17 @@ class Store:
 
     def _open_read_only(self, cause: Exception) -> None:
         try:
-            self._connection, self._writable = self._connect_read_only(), False
+            self._use(self._connect_read_only())
+            self._writable = False
         except FAILURES:
             self._give_up(cause)
         else:
             self._warn("read-only", f"{cause}; what it holds is used, what is new is not kept")
+
+    def _use(self, connection: sqlite3.Connection) -> None:
+        # A connection holds itself and would stay open; the last to close a file takes the WAL into it.
+        weakref.finalize(self, connection.close)
+        self._connection = connection
 
     def _connect_read_only(self) -> sqlite3.Connection:
         address = self.path.resolve().as_uri()
@@ -370,7 +377,7 @@ class Store:
         self.close()
         with self._lock():
             aside = self._set_aside()
-            self._connection = create(self.path)
+            self._use(create(self.path))
             self._opened_file = self._file_number()
         self._touched.clear()
         taken = 0 if aside is None else self._rescue(aside)

@@ -127,3 +127,10 @@ def test_a_damaged_store_costs_time_and_nothing_else(runs: Runs) -> None:
 def test_without_a_store_the_numbers_are_the_same(runs: Runs) -> None:
     runs.finish("off", "off")
     assert runs.numbers("off") == runs.numbers("expected")
+
+
+def test_a_finished_run_leaves_its_store_in_one_file(runs: Runs) -> None:
+    store = runs.folder / "expected.sqlite"
+    assert not store.with_name(f"{store.name}-wal").exists()
+    with closing(sqlite3.connect(f"{store.as_uri()}?immutable=1", uri=True)) as connection:  # looks at no WAL
+        assert connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0] == answers(store) > 0
