@@ -32,6 +32,7 @@ from transformers import (
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.clip import ClipBackend
+from medvlm_harness.model_backends.towers import LENGTH_STEP
 from medvlm_harness.requests import ImageRef
 
 CONTEXT = 12
@@ -283,6 +284,20 @@ def test_a_clip_of_transformers_gives_its_own_vectors(
     assert np.allclose(ours[:3], unit(images_expected), rtol=0, atol=1e-5)
     assert np.allclose(ours[3:], unit(torch.cat(one_by_one)), rtol=0, atol=1e-5)  # padding is masked
     assert backend.checkpoint.weights == (clip_folder / "model.safetensors",)
+
+
+@pytest.mark.parametrize("which", ["folder", "clip_folder"])
+def test_batches_of_texts_have_few_lengths(
+    which: str, embed_requests: Requests, request: pytest.FixtureRequest
+) -> None:
+    backend = ClipBackend(pretrained=str(request.getfixturevalue(which)), device="cpu", batch_size=1)
+    backend.ensure_loaded()
+    lengths: set[int] = set()
+    for module in backend.towers.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, given: lengths.update(given[0].shape[1:-1]))
+    backend.embed(embed_requests(["lung " * n for n in range(1, 30)]))
+    assert lengths == {LENGTH_STEP, CONTEXT}  # 12 is less than the next multiple of 8
 
 
 @torch.inference_mode()
