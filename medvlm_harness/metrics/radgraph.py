@@ -11,16 +11,16 @@ from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from medvlm_harness.errors import UserError, near_matches
-from medvlm_harness.metrics._arrays import checked_weights, ratio_or_nan
+from medvlm_harness.metrics._arrays import ratio_or_nan
+from medvlm_harness.metrics.matches import MatchCounts, count_matches, weighted_micro_f1
 
 __all__ = [
     "RADGRAPH_LABELS",
     "RADGRAPH_RELATIONS",
     "Entities",
-    "SpanCounts",
     "entity_span_counts",
     "entity_span_f1",
     "radgraph_combined",
@@ -29,7 +29,6 @@ __all__ = [
     "radgraph_f1_simple",
     "relation_span_counts",
     "relation_span_f1",
-    "weighted_micro_f1",
 ]
 
 RADGRAPH_LABELS = frozenset(
@@ -110,14 +109,6 @@ def radgraph_combined(generated: Sequence[Entities], *references: Sequence[Entit
     return (entity + relation) / 2
 
 
-class SpanCounts(NamedTuple):
-    """What micro F1 is made of, per report; each of shape (n,)."""
-
-    matched: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    annotated: NDArray[np.int64]
-
-
 def entity_span_f1(predicted: Sequence[Mapping[str, Any]], annotated: Sequence[Mapping[str, Any]]) -> float:
     """Micro F1 of the entities of the same texts, exact in start, end and label; in [0, 1], NaN without any entity.
 
@@ -143,24 +134,18 @@ def relation_span_f1(predicted: Sequence[Mapping[str, Any]], annotated: Sequence
     return float(weighted_micro_f1(relation_span_counts(predicted, annotated), np.ones((1, len(predicted))))[0])
 
 
-def entity_span_counts(predicted: Sequence[Mapping[str, Any]], annotated: Sequence[Mapping[str, Any]]) -> SpanCounts:
+def entity_span_counts(predicted: Sequence[Mapping[str, Any]], annotated: Sequence[Mapping[str, Any]]) -> MatchCounts:
     """What `entity_span_f1` counts, per report, for `weighted_micro_f1`."""
     return _span_counts(predicted, annotated, lambda entities, spans: {(spans[key], e.label) for key, e in entities})
 
 
-def relation_span_counts(predicted: Sequence[Mapping[str, Any]], annotated: Sequence[Mapping[str, Any]]) -> SpanCounts:
+def relation_span_counts(predicted: Sequence[Mapping[str, Any]], annotated: Sequence[Mapping[str, Any]]) -> MatchCounts:
     """What `relation_span_f1` counts, per report, for `weighted_micro_f1`."""
     return _span_counts(
         predicted,
         annotated,
         lambda entities, spans: {(spans[key], kind, spans[to]) for key, e in entities for kind, to in e.relations},
     )
-
-
-def weighted_micro_f1(counts: SpanCounts, weights: ArrayLike) -> NDArray[np.float64]:
-    """F1 of the counts summed over reports, once per row of weights (resamples, n); NaN where there is nothing."""
-    w = checked_weights(weights, len(counts.matched))
-    return ratio_or_nan(2 * (w @ counts.matched), w @ (counts.predicted + counts.annotated).astype(np.float64))
 
 
 _Facts = Callable[[Mapping[str, _Entity]], AbstractSet[tuple[str, ...]]]
@@ -255,10 +240,10 @@ _SpanFacts = Callable[[Iterator[tuple[str, _Entity]], _Spans], AbstractSet[tuple
 
 def _span_counts(
     predicted: Sequence[Mapping[str, Any]], annotated: Sequence[Mapping[str, Any]], facts: _SpanFacts
-) -> SpanCounts:
+) -> MatchCounts:
     if len(predicted) != len(annotated):
         raise ValueError(f"Expected the same reports twice, but got {len(predicted)} and {len(annotated)}.")
-    rows = np.zeros((3, len(predicted)), dtype=np.int64)
+    pairs = []
     for place, (mine, theirs) in enumerate(zip(predicted, annotated, strict=True)):
         ours, tokens = _located(mine, f"report {place} of predicted", facts)
         gold, wanted = _located(theirs, f"report {place} of annotated", facts)
@@ -266,8 +251,8 @@ def _span_counts(
             differ = next((i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), None)
             what = f"{len(tokens)} and {len(wanted)} tokens" if differ is None else f"other words at token {differ}"
             raise UserError(f"Expected one text on both sides of report {place}, token by token, but got {what}.")
-        rows[:, place] = len(ours & gold), len(ours), len(gold)
-    return SpanCounts(*rows)
+        pairs.append((ours, gold))
+    return count_matches(pairs)
 
 
 def _located(

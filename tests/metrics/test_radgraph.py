@@ -10,6 +10,7 @@ import pytest
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.bootstrap import bootstrap_estimate, weighted_mean
+from medvlm_harness.metrics.matches import weighted_micro_f1
 from medvlm_harness.metrics.radgraph import (
     RADGRAPH_LABELS,
     RADGRAPH_RELATIONS,
@@ -21,7 +22,6 @@ from medvlm_harness.metrics.radgraph import (
     radgraph_f1_partial,
     radgraph_f1_simple,
     relation_span_f1,
-    weighted_micro_f1,
 )
 
 LABELS, RELATIONS = sorted(RADGRAPH_LABELS), sorted(RADGRAPH_RELATIONS)
