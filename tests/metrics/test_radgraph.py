@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -267,3 +268,13 @@ def test_spans_of_different_texts_are_refused(found: dict[str, Any], message: st
             score([found], [GOLD])
     with pytest.raises(ValueError, match="same reports twice, but got 2 and 1"):
         entity_span_f1([GOLD, GOLD], [GOLD])
+
+
+def test_the_annotated_snippets_agree_with_themselves_and_little_with_each_other(shared: Path) -> None:
+    lines = (shared / "labeler" / "entities.jsonl").read_text(encoding="utf-8").splitlines()
+    reports = [json.loads(line) for line in lines]
+    entities = [report["entities"] for report in reports]
+    assert len(reports) == 45 and entity_span_f1(reports, reports) == relation_span_f1(reports, reports) == 1
+    for score in LEVELS.values():
+        assert (score(entities, entities) == 1).all()
+        assert score(entities, entities[1:] + entities[:1]).mean() < 0.3
