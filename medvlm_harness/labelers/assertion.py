@@ -29,12 +29,12 @@ ASSERTIONS = (
     "hypothetical",  # indication, advice: says nothing of this image
     "normal",
     "abnormal",
-    "unchanged",
+    "indefinite",  # of a size or contour: only stable, borderline or hidden
 )
 _KINDS = ("pseudo", "preceding", "following", "termination")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _SPANS = "targets"  # the key of Doc.spans
-_STOPS = frozenset(".!?")
+_STOPS = frozenset(".!?")  # a "?" may also stand before what it doubts
 
 
 class Target(NamedTuple):
@@ -117,18 +117,25 @@ class AssertionEngine:
 
 def _sentence_starts(doc: Doc) -> Iterator[bool]:
     """After each full stop, save in decimals (also as RadGraph splits them: `4 . 2`) and after abbreviations."""
-    abbreviations = _abbreviations()
     starts = True
     for token in doc:
         yield starts
-        starts = False
-        if token.text in _STOPS or (token.is_space and "\n" in token.text):
+        began, starts = starts, False
+        if token.is_space and "\n" in token.text:
             starts = True
-            if token.text == "." and 0 < token.i < len(doc) - 1:
-                before, after = doc[token.i - 1], doc[token.i + 1]
-                split = bool(before.whitespace_) or not token.whitespace_
-                decimal = before.is_digit and after.is_digit and split
-                starts = not (decimal or before.lower_ in abbreviations)
+        elif token.text in _STOPS:
+            starts = token.text != "." or not _inner_point(doc, token.i)
+            if token.text == "?" and token.i + 1 < len(doc):
+                starts = not began and bool(token.whitespace_) and not doc[token.i + 1].is_lower
+
+
+def _inner_point(doc: Doc, i: int) -> bool:
+    """Whether a point stands inside a number or ends an abbreviation."""
+    if not 0 < i < len(doc) - 1:
+        return False
+    before, after = doc[i - 1], doc[i + 1]
+    decimal = before.is_digit and after.is_digit and (bool(before.whitespace_) or not doc[i].whitespace_)
+    return decimal or before.lower_ in _abbreviations()
 
 
 @cache

@@ -6,12 +6,14 @@ What is a mention, in which order assertions count and how mentions add up to la
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from medvlm_harness.data.chexpert import CHEXPERT_13, CHEXPERT_14
+from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.labelers.assertion import ASSERTION_TERMS, AssertionEngine, Target
 from medvlm_harness.labelers.term_files import load_terms, strings, terms_version
 from medvlm_harness.labelers.text import Sections, checked_sections, clean
@@ -19,9 +21,11 @@ from medvlm_harness.labelers.text import Sections, checked_sections, clean
 if TYPE_CHECKING:
     from spacy.tokens import Doc
 
-__all__ = ["OTHER", "Mention", "RulesLabeler"]
+__all__ = ["CONVENTIONS", "OTHER", "Convention", "Mention", "RulesLabeler", "aggregate"]
 
-MENTION_TERMS = "chexpert.yaml"
+MENTION_TERMS, HABIT_TERMS, SECTION_TERMS = "chexpert.yaml", "chexpert_labeler.yaml", "sections.yaml"
+Convention = Literal["meaning", "chexpert_labeler"]
+CONVENTIONS: tuple[str, ...] = get_args(Convention)
 OTHER = "Other"  # findings outside the thirteen: they only keep a report from being `No Finding`
 Kind = Literal["findings", "uncertain", "structures", "not"]
 _KINDS: tuple[Kind, ...] = ("findings", "uncertain", "structures", "not")
@@ -46,15 +50,30 @@ class RulesLabeler:
 
     Args:
         sections: which sections of a report with heads are read; one without heads is read whole.
+        convention: "meaning" labels what the report says. "chexpert_labeler" also repeats the habits of the public
+            labeler that make a label positive against the report's meaning (`terms/chexpert_labeler.yaml`; and a heart
+            of which nothing is said counts as large), for comparison with labels that it made, and for nothing else.
     """
 
     name = "rules"
 
-    def __init__(self, sections: str = "both") -> None:
+    def __init__(self, sections: str = "both", convention: str = "meaning") -> None:
+        if convention not in CONVENTIONS:
+            raise UserError(
+                f"Expected convention to be one of {', '.join(CONVENTIONS)}, but got {convention!r}."
+                f"{near_matches(convention, CONVENTIONS)}"
+            )
         self.sections: Sections = checked_sections(sections)
-        self._phrases = _phrases()
-        self.version = terms_version((MENTION_TERMS, ASSERTION_TERMS, "sections.yaml"))
-        self._engine = AssertionEngine(self._phrases.by_key, reach=self._phrases.reach)
+        self.convention = convention
+        self._habits = _habits() if convention == "chexpert_labeler" else None
+        phrases = dict(_phrases())
+        for key, more in self._habits.phrases.items() if self._habits else ():
+            phrases[key] = (*phrases[key], *more)
+        structures = tuple(key for key in phrases if key.endswith("|structures"))
+        reach = dict.fromkeys(("normal", "abnormal", "indefinite"), structures)
+        self._engine = AssertionEngine(phrases, reach=reach)
+        files = (MENTION_TERMS, ASSERTION_TERMS, SECTION_TERMS, *((HABIT_TERMS,) if self._habits else ()))
+        self.version = terms_version(files)
 
     def label(self, text: str) -> dict[str, int | None]:
         """The fourteen observations; see `Labeler.label`."""
@@ -69,15 +88,21 @@ class RulesLabeler:
 
     def _mentions(self, doc: Doc) -> list[Mention]:
         found = [(*_split(target.key), target) for target in self._engine.find(doc)]
-        barred = [(label, target) for label, kind, target in found if kind == "not"]
+        unbarred = self._habits.without_exceptions if self._habits else frozenset[str]()
+        barred = [(label, target) for label, kind, target in found if kind == "not" and label not in unbarred]
         mentions = []
         for label, kind, target in found:
             if kind == "not" or any(label == name and _overlap(target, other) for name, other in barred):
                 continue
             value = _value(kind, target.assertions)
+            if value is None and kind == "structures" and self._habits and "hypothetical" not in target.assertions:
+                value = 1
             if value is not None:
                 mentions.append(Mention(label, doc[target.start : target.end].text, target.start, target.end, value))
-        return _alternatives(doc, mentions)
+        mentions = _alternatives(doc, mentions)
+        if self._habits:
+            mentions += self._habits.lost_denials(doc)
+        return mentions
 
 
 def aggregate(mentions: Iterable[Mention]) -> dict[str, int | None]:
@@ -119,7 +144,7 @@ def _structure(said: frozenset[str]) -> int | None:
         return 0 if said & {"negated", "unlikely"} else -1 if "uncertain" in said else 1
     if "normal" in said:
         return 0
-    return -1 if "unchanged" in said else None
+    return -1 if "indefinite" in said else None
 
 
 def _alternatives(doc: Doc, mentions: Sequence[Mention]) -> list[Mention]:
@@ -142,14 +167,9 @@ def _overlap(first: Target, second: Target) -> bool:
     return first.start < second.end and second.start < first.end
 
 
-@dataclass(frozen=True, slots=True)
-class _Phrases:
-    by_key: dict[str, tuple[str, ...]]  # "label|kind" -> phrases
-    reach: dict[str, tuple[str, ...]]
-
-
 @cache
-def _phrases() -> _Phrases:
+def _phrases() -> dict[str, tuple[str, ...]]:
+    """`label|kind` -> phrases."""
     raw = load_terms(MENTION_TERMS, {"labels", "other"})
     if raw["labels"].keys() != set(CHEXPERT_13):
         raise ValueError(f"Expected the thirteen observations in {MENTION_TERMS}, but got {', '.join(raw['labels'])}.")
@@ -158,8 +178,39 @@ def _phrases() -> _Phrases:
         if kinds.keys() != set(_KINDS):
             raise ValueError(f"Expected {', '.join(_KINDS)} of {label} in {MENTION_TERMS}, but got {', '.join(kinds)}.")
         by_key |= {f"{label}|{kind}": strings(MENTION_TERMS, phrases) for kind, phrases in kinds.items() if phrases}
-    structures = tuple(key for key in by_key if key.endswith("|structures"))
-    return _Phrases(by_key, dict.fromkeys(("normal", "abnormal", "unchanged"), structures))
+    return by_key
+
+
+@dataclass(frozen=True, slots=True)
+class _Habits:
+    """What the public labeler does beyond the meaning of a report."""
+
+    phrases: dict[str, tuple[str, ...]]  # "label|kind" -> more phrases
+    without_exceptions: frozenset[str]  # labels
+    patterns: tuple[tuple[str, re.Pattern[str]], ...]  # label, pattern
+
+    def lost_denials(self, doc: Doc) -> list[Mention]:
+        """A positive mention for each stretch of text in which that labeler loses a denial."""
+        text = doc.text.lower()
+        mentions = []
+        for label, pattern in self.patterns:
+            for match in pattern.finditer(text):
+                span = doc.char_span(match.start(), match.end(), alignment_mode="expand")
+                mentions.append(Mention(label, span.text, span.start, span.end, 1))
+        return mentions
+
+
+@cache
+def _habits() -> _Habits:
+    raw = load_terms(HABIT_TERMS, {"phrases", "without_exceptions", "lost_denials"})
+    unknown = (raw["phrases"].keys() - _phrases().keys()) | (raw["lost_denials"].keys() - set(CHEXPERT_13))
+    if unknown:
+        raise ValueError(f"Expected labels and kinds of {MENTION_TERMS} in {HABIT_TERMS}, but got {sorted(unknown)}.")
+    return _Habits(
+        {key: strings(HABIT_TERMS, phrases) for key, phrases in raw["phrases"].items()},
+        frozenset(raw["without_exceptions"]),
+        tuple((label, re.compile(pattern)) for label, found in raw["lost_denials"].items() for pattern in found),
+    )
 
 
 def _split(key: str) -> tuple[str, Kind]:

@@ -1,0 +1,173 @@
+"""How far the `rules` labeler and the entity extractor agree with others, and how fast they are; one command for all.
+
+    python benchmarks/labelers.py ../shared
+    python benchmarks/labelers.py ../shared --split train --errors "Lung Opacity"   # what to read when terms are mended
+
+The folder holds `data/iu_cxr` (reports, MeSH codes, and `labels_and_splits.csv`, the public chexpert-labeler's output on
+FINDINGS) and `labeler` (labelled sentences, annotated snippets). All of it is agreement, not accuracy: the references
+err as well. Terms may be mended by reading the train split only; the figures that count are those of the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import f1_score
+
+from medvlm_harness.data.chexpert import CHEXPERT_13, CHEXPERT_14
+from medvlm_harness.data.labels import LabelTable, mesh_labels, read_label_table, resolve
+from medvlm_harness.data.records import Labels
+from medvlm_harness.data.sources.base import RawStudy, ReadLog
+from medvlm_harness.data.sources.detect import detect
+from medvlm_harness.data.splits import SPLITS, assign_split
+from medvlm_harness.labelers.base import compose_report, make_labeler
+from medvlm_harness.labelers.rules import CONVENTIONS, RulesLabeler
+from medvlm_harness.metrics.agreement import cohen_kappa
+
+# As the CheXpert paper scores a labeler: one value against the rest, without the labels that cannot take it.
+SCORED = {
+    "positive": (1, CHEXPERT_14),
+    "negative": (0, CHEXPERT_13),
+    "uncertain": (-1, tuple(name for name in CHEXPERT_13 if name != "Support Devices")),
+}
+TIMED = 1000  # reports
+
+
+def main() -> None:
+    """Print every figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shared", type=Path, help="folder with data/iu_cxr and labeler")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="of R2Gen's studies")
+    parser.add_argument("--errors", metavar="LABEL", help="list where this label disagrees instead; train split only")
+    arguments = parser.parse_args()
+    if arguments.errors and arguments.split != "train":
+        parser.error("--errors is for the train split: terms are not mended by reading the others")
+    source = arguments.shared / "data" / "iu_cxr"
+    log = ReadLog()
+    table = read_label_table(source / "labels_and_splits.csv", log)
+    everything = detect(source, layout=None, log=log).read(source, log).studies
+    studies = [study for study in everything if assign_split(study.uid, "r2gen") == arguments.split]
+    if arguments.errors:
+        _errors(arguments.errors, studies, table)
+        return
+    labeler = RulesLabeler()
+    print(f"rules {labeler.version}, {arguments.split} split of R2Gen\n")
+    _chexpert(studies, table)
+    _mesh(studies, labeler)
+    _sentences(arguments.shared / "labeler" / "sentences.csv", labeler)
+    _speed([compose_report(study.findings, study.impression) for study in everything])
+
+
+def _chexpert(studies: Sequence[RawStudy], table: LabelTable) -> None:
+    read = [study for study in studies if study.findings and study.uid in table.labels]
+    reference = [table.labels[study.uid] for study in read]
+    print(f"Agreement with the public chexpert-labeler on FINDINGS, {len(read)} studies: F1 (support)")
+    scores: dict[str, dict[str, list[float]]] = {}
+    for convention in CONVENTIONS:
+        labeler = make_labeler("rules", convention=convention)
+        ours = [labeler.label(study.findings) for study in read]
+        scores[convention] = {kind: _f1(reference, ours, *scored) for kind, scored in SCORED.items()}
+    for kind, (value, names) in SCORED.items():
+        support = [sum(labels[name] == value for labels in reference) for name in names]
+        for convention in CONVENTIONS:
+            *_, weighted = scores[convention][kind]
+            print(f"  {kind:9}  support-weighted  {weighted:.4f} ({sum(support)})  convention={convention}")
+    print(f"\n  {'label':28}{''.join(f'{kind:>28}' for kind in SCORED)}    (meaning / chexpert_labeler)")
+    for name in CHEXPERT_14:
+        cells = ""
+        for kind, (value, names) in SCORED.items():
+            if name not in names:
+                cells += f"{'-':>28}"
+                continue
+            pair = " / ".join(f"{scores[convention][kind][names.index(name)]:.3f}" for convention in CONVENTIONS)
+            cells += f"{f'{pair} ({sum(labels[name] == value for labels in reference)})':>28}"
+        print(f"  {name:28}{cells}")
+    print()
+
+
+def _f1(reference: Sequence[Labels], ours: Sequence[Labels], value: int, names: Sequence[str]) -> list[float]:
+    """F1 per label, then its mean weighted by support; NaN for a label that neither side gives this value."""
+    truth, found = (np.array([[labels[name] == value for name in names] for labels in side]) for side in (reference, ours))
+    each = f1_score(truth, found, average=None, zero_division=np.nan)
+    return [*map(float, each), float(f1_score(truth, found, average="weighted", zero_division=0))]
+
+
+def _mesh(studies: Sequence[RawStudy], labeler: RulesLabeler) -> None:
+    coded = [(study, labels) for study in studies if (labels := mesh_labels(study.mesh)) is not None]
+    coded = [(study, labels) for study, labels in coded if study.findings or study.impression]
+    ours = [labeler.label(compose_report(study.findings, study.impression)) for study, _ in coded]
+    print(f"Agreement with the coders' MeSH terms on FINDINGS and IMPRESSION, {len(coded)} studies")
+    print("  (uncertain on either side left out, unmentioned counted as negative)")
+    print(f"  {'label':28}{'studies':>9}{'MeSH +':>9}{'rules +':>9}{'both +':>9}{'F1':>8}{'kappa':>8}")
+    for name in CHEXPERT_14:
+        pairs = [
+            (theirs, own)
+            for (_, labels), found in zip(coded, ours, strict=True)
+            if (theirs := resolve(labels, name)) is not None and (own := resolve(found, name)) is not None
+        ]
+        theirs, own = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        f1 = float(f1_score(theirs, own, zero_division=np.nan))
+        both = sum(a and b for a, b in pairs)
+        print(
+            f"  {name:28}{len(pairs):9}{sum(theirs):9}{sum(own):9}{both:9}{f1:8.3f}{cohen_kappa(theirs, own):8.3f}"
+        )
+    print()
+
+
+def _sentences(path: Path, labeler: RulesLabeler) -> None:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    wrong = [row["sentence"] for row in rows if _mentioned(labeler.label(row["sentence"])) != _expected(row["labels"])]
+    print(f"Labelled sentences: {len(rows) - len(wrong)} of {len(rows)} right")
+    for sentence in wrong:
+        print(f"  wrong: {sentence}")
+    print()
+
+
+def _mentioned(labels: Labels) -> dict[str, int]:
+    return {name: value for name, value in labels.items() if value is not None and name != "No Finding"}
+
+
+def _expected(text: str) -> dict[str, int]:
+    pairs = (part.partition("=") for part in text.split(";") if part.strip())
+    return {name.strip(): int(value) for name, _, value in pairs}
+
+
+def _speed(reports: Iterable[str]) -> None:
+    texts = [text for text in reports if text][:TIMED]
+    start = time.perf_counter()
+    labeler = RulesLabeler()
+    labeler.label("The lungs are clear.")
+    ready = time.perf_counter() - start
+    start, busy = time.perf_counter(), time.process_time()
+    for text in texts:
+        labeler.label(text)
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    print(f"Speed: {len(texts)} reports labelled in {seconds:.2f} s ({busy:.2f} s of one core), ready in {ready:.2f} s")
+
+
+def _errors(label: str, studies: Sequence[RawStudy], table: LabelTable) -> None:
+    if label not in CHEXPERT_14:
+        sys.exit(f"Expected one of {', '.join(CHEXPERT_14)}, but got {label!r}.")
+    labeler = RulesLabeler()
+    listed: Counter[tuple[str, str]] = Counter()
+    for study in studies:
+        if not study.findings or study.uid not in table.labels:
+            continue
+        theirs, own = table.labels[study.uid][label], labeler.label(study.findings)[label]
+        if theirs != own:
+            listed[(f"reference {theirs}, rules {own}", study.findings)] += 1
+    for (kinds, text), count in sorted(listed.items()):
+        print(f"{count} x {kinds}: {text}")
+
+
+if __name__ == "__main__":
+    main()
