@@ -1,10 +1,10 @@
 """How far the `rules` labeler and the entity extractor agree with others, and how fast they are; one command for all.
 
     python benchmarks/labelers.py ../shared
-    python benchmarks/labelers.py ../shared --split train --errors "Lung Opacity"   # what to read when terms are mended
+    python benchmarks/labelers.py ../shared --split train --errors Edema   # what to read when terms are mended
 
-The folder holds `data/iu_cxr` (reports, MeSH codes, and `labels_and_splits.csv`, the public chexpert-labeler's output on
-FINDINGS) and `labeler` (labelled sentences, annotated snippets). All of it is agreement, not accuracy: the references
+The folder holds `data/iu_cxr` (reports, MeSH codes, and `labels_and_splits.csv`, the public chexpert-labeler's output
+on FINDINGS) and `labeler` (labelled sentences, annotated snippets). All of it is agreement, not accuracy: references
 err as well. Terms may be mended by reading the train split only; the figures that count are those of the test split.
 """
 
@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,7 @@ def main() -> None:
     labeler = RulesLabeler()
     print(f"rules {labeler.version}, {arguments.split} split of R2Gen\n")
     _chexpert(studies, table)
-    _mesh(studies, labeler)
+    _mesh(studies, table, labeler)
     _sentences(arguments.shared / "labeler" / "sentences.csv", labeler)
     _speed([compose_report(study.findings, study.impression) for study in everything])
 
@@ -95,30 +94,33 @@ def _chexpert(studies: Sequence[RawStudy], table: LabelTable) -> None:
 
 def _f1(reference: Sequence[Labels], ours: Sequence[Labels], value: int, names: Sequence[str]) -> list[float]:
     """F1 per label, then its mean weighted by support; NaN for a label that neither side gives this value."""
-    truth, found = (np.array([[labels[name] == value for name in names] for labels in side]) for side in (reference, ours))
+    truth, found = (
+        np.array([[labels[name] == value for name in names] for labels in side]) for side in (reference, ours)
+    )
     each = f1_score(truth, found, average=None, zero_division=np.nan)
     return [*map(float, each), float(f1_score(truth, found, average="weighted", zero_division=0))]
 
 
-def _mesh(studies: Sequence[RawStudy], labeler: RulesLabeler) -> None:
+def _mesh(studies: Sequence[RawStudy], table: LabelTable, labeler: RulesLabeler) -> None:
     coded = [(study, labels) for study in studies if (labels := mesh_labels(study.mesh)) is not None]
-    coded = [(study, labels) for study, labels in coded if study.findings or study.impression]
-    ours = [labeler.label(compose_report(study.findings, study.impression)) for study, _ in coded]
-    print(f"Agreement with the coders' MeSH terms on FINDINGS and IMPRESSION, {len(coded)} studies")
+    coded = [(study, labels) for study, labels in coded if study.findings and study.uid in table.labels]
+    mesh = [labels for _, labels in coded]
+    readers: dict[str, list[Labels]] = {
+        "rules": [labeler.label(compose_report(study.findings, study.impression)) for study, _ in coded],
+        "rules on FINDINGS": [labeler.label(study.findings) for study, _ in coded],
+        "chexpert-labeler on FINDINGS": [table.labels[study.uid] for study, _ in coded],
+    }
+    print(f"Agreement with the coders' MeSH terms, {len(coded)} studies: F1 of positive, and Cohen's kappa")
     print("  (uncertain on either side left out, unmentioned counted as negative)")
-    print(f"  {'label':28}{'studies':>9}{'MeSH +':>9}{'rules +':>9}{'both +':>9}{'F1':>8}{'kappa':>8}")
+    print(f"  {'label':28}{'MeSH +':>8}{''.join(f'{name:>32}' for name in readers)}")
     for name in CHEXPERT_14:
-        pairs = [
-            (theirs, own)
-            for (_, labels), found in zip(coded, ours, strict=True)
-            if (theirs := resolve(labels, name)) is not None and (own := resolve(found, name)) is not None
-        ]
-        theirs, own = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        f1 = float(f1_score(theirs, own, zero_division=np.nan))
-        both = sum(a and b for a, b in pairs)
-        print(
-            f"  {name:28}{len(pairs):9}{sum(theirs):9}{sum(own):9}{both:9}{f1:8.3f}{cohen_kappa(theirs, own):8.3f}"
-        )
+        cells = ""
+        for found in readers.values():
+            pairs = [(resolve(a, name), resolve(b, name)) for a, b in zip(mesh, found, strict=True)]
+            theirs, own = zip(*(pair for pair in pairs if None not in pair), strict=True)
+            f1 = float(f1_score(theirs, own, zero_division=np.nan))
+            cells += f"{f'{f1:.3f}  {cohen_kappa(theirs, own):.3f}':>32}"
+        print(f"  {name:28}{sum(labels[name] == 1 for labels in mesh):8}{cells}")
     print()
 
 

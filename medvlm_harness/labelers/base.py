@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.labelers.text import Sections
 
 __all__ = ["LABELERS", "Labeler", "compose_report", "labeler_from_text", "make_labeler"]
 
@@ -26,6 +27,7 @@ class Labeler(Protocol):
 
     name: str
     version: str  # of rules and terms, or of weights; stands in every result that uses the labels
+    sections: Sections  # what it reads of a report that has heads
 
     def label(self, text: str) -> dict[str, int | None]:
         """The fourteen observations of CheXpert: 1 positive, 0 negative, -1 uncertain, None unmentioned.
@@ -74,11 +76,12 @@ def labeler_from_text(text: str) -> Labeler:
     return make_labeler(name, **options)
 
 
-def compose_report(findings: str, impression: str) -> str:
-    """A record's two sections as one text with heads, for `Labeler.label`; empty where both are.
+def compose_report(findings: str, impression: str, sections: Sections = "both") -> str:
+    """A record's sections as one text with heads, for `Labeler.label`; empty where there is nothing to read.
 
-    >>> compose_report("Clear lungs.", "")
-    'FINDINGS: Clear lungs.'
+    >>> compose_report("Clear lungs.", "", "both"), compose_report("Clear lungs.", "", "impression")
+    ('FINDINGS: Clear lungs.', '')
     """
-    sections = (("FINDINGS", findings.strip()), ("IMPRESSION", impression.strip()))
-    return "\n\n".join(f"{head}: {body}" for head, body in sections if body)
+    bodies = {"findings": findings.strip(), "impression": impression.strip()}
+    wanted = bodies if sections == "both" else (sections,)
+    return "\n\n".join(f"{name.upper()}: {bodies[name]}" for name in wanted if bodies[name])

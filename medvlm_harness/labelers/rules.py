@@ -73,7 +73,7 @@ class RulesLabeler:
         reach = dict.fromkeys(("normal", "abnormal", "indefinite"), structures)
         self._engine = AssertionEngine(phrases, reach=reach)
         files = (MENTION_TERMS, ASSERTION_TERMS, SECTION_TERMS, *((HABIT_TERMS,) if self._habits else ()))
-        self.version = terms_version(files)
+        self.version = terms_version(files) + (f"-{convention}" if self._habits else "")
 
     def label(self, text: str) -> dict[str, int | None]:
         """The fourteen observations; see `Labeler.label`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
-from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.errors import UserError
 from medvlm_harness.labelers.term_files import load_terms, strings
 
 __all__ = ["SECTIONS", "Sections", "Stretch", "checked_sections", "clean", "stretches_to_read"]
@@ -57,18 +57,18 @@ def stretches_to_read(text: str, sections: Sections = "both") -> list[Stretch]:
     """
     found = list(_stretches(text))
     headed = {stretch.section for stretch in found} & {"findings", "impression"}
-    wanted = {"findings", "impression"} if sections == "both" else {sections}
+    wanted: set[str] = {"findings", "impression"} if sections == "both" else {sections}
     if sections == "both" or not headed or (sections == "findings" and "findings" not in headed):
         wanted.add("")
     return [stretch for stretch in found if stretch.section in wanted and text[stretch.start : stretch.end].strip()]
 
 
 def clean(text: str, sections: Sections = "both") -> str:
-    """A report as labelers read it: one paragraph a line, each ending in a full stop, without heads and mark-up.
+    r"""A report as labelers read it: one paragraph a line, each ending in a full stop, without heads and mark-up.
 
     Line breaks that only wrap are undone; `and/or` and `A/B` become `or`, `w/o` without. XXXX stays: an unknown word.
 
-    >>> clean("INDICATION: pneumonia?\\n\\nFINDINGS: No effusion\\nor pneumothorax")
+    >>> clean("INDICATION: pneumonia?\n\nFINDINGS: No effusion\nor pneumothorax")
     'No effusion or pneumothorax.'
     """
     parts = [text[stretch.start : stretch.end] for stretch in stretches_to_read(text, sections)]
