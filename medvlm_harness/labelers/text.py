@@ -84,11 +84,12 @@ class _Heads:
     sections: dict[str, str]  # head -> section
     one_statement: frozenset[str]
     pattern: re.Pattern[str]
+    joining: frozenset[str]
 
 
 @cache
 def _heads() -> _Heads:
-    raw = load_terms("sections.yaml", {"read", "ignored", "one_statement"})
+    raw = load_terms("sections.yaml", {"read", "ignored", "one_statement", "joining"})
     sections = {head: section for section, heads in raw["read"].items() for head in strings("sections.yaml", heads)}
     sections |= dict.fromkeys(strings("sections.yaml", raw["ignored"]), "ignored")
     longest_first = sorted(sections, key=len, reverse=True)
@@ -97,7 +98,8 @@ def _heads() -> _Heads:
     start = r"(?:\A|\n|(?<=[.!?:;]))[\s*#_>]*"
     pattern = rf"(?:{start}(?i:(?P<any>{in_any_case}))|\b(?P<capitals>{in_capitals}))[\s*_]*:\**"
     one = frozenset(strings("sections.yaml", raw["one_statement"]))
-    return _Heads(sections, one, re.compile(pattern))
+    joining = frozenset(strings("sections.yaml", raw["joining"]))
+    return _Heads(sections, one, re.compile(pattern), joining)
 
 
 def _stretches(text: str) -> Iterator[Stretch]:
@@ -134,20 +136,19 @@ def _end_of_ignored(text: str, start: int, end: int, *, short: bool, last: bool)
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs without line breaks: a break that the next word would have fitted before is the writer's own."""
+    """Paragraphs without line breaks: a break is kept where the writer made it, and undone where a line was full."""
     lines = text.splitlines()
     if len(lines) < 2:
         if whole := " ".join(text.split()):
             yield whole
         return
-    width = max(map(len, lines))
+    width = max(len(line.rstrip()) for line in lines)
     gathered: list[str] = []
     length = 0
     for line in lines:
         words = line.split()
         bullet = _BULLET.match(line)
-        deliberate = bool(words) and length + 1 + len(words[0]) <= width
-        if gathered and (not words or bullet or deliberate):
+        if gathered and (not words or bullet or _begins_a_statement(words[0], length, width)):
             yield " ".join(gathered)
             gathered = []
         if bullet:
@@ -156,3 +157,16 @@ def _paragraphs(text: str) -> Iterator[str]:
         length = len(line.rstrip())
     if gathered:
         yield " ".join(gathered)
+
+
+def _begins_a_statement(word: str, length: int, width: int) -> bool:
+    """Whether a line that begins with this word does not go on with the one before.
+
+    It does not where the word is capitalised, though it would have fitted on that line, or that line is the longest,
+    which tells nothing. In text all in capitals only the first and a word that joins clauses tell; XXXX is no word.
+    """
+    fits = length + 1 + len(word) <= width
+    if word[0].isupper() and not word.isupper():
+        return fits or length == width
+    joins = word.lower() in _heads().joining or set(word) <= set("X")
+    return word.isalpha() and word.isupper() and len(word) > 1 and fits and not joins
