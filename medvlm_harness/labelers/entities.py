@@ -30,6 +30,7 @@ _NUMBER = r"\d+(?: \. \d+)?"
 _UNIT = r"(?:mm|cm|m|ml|cc|inch|inches|fr|french|percent|%|degrees?)"
 _MEASURE = re.compile(rf"{_NUMBER}(?: (?:x|by|to|-) {_NUMBER})* (?:- )?{_UNIT}(?= |$)|\d+(?:mm|cm)(?= |$)")
 _VERTEBRA = re.compile(r"[CTLS]\d{1,2}")
+_ORDINAL = re.compile(r"\d{1,2}(?:st|nd|rd|th)", re.IGNORECASE)  # of ribs
 _HYPHENS = frozenset("-\u2010\u2011")
 _HEDGES = frozenset({"probably", "probable", "possibly", "possible", "likely", "presumably", "perhaps"})
 
@@ -106,6 +107,8 @@ class EntityExtractor:
                 spans.append(Span(i, i + 1, "Observation", "normality", "in place"))
             elif _VERTEBRA.fullmatch(token):
                 spans.append(Span(i, i, "Anatomy", "organs", token.lower()))
+            elif _ORDINAL.fullmatch(token):
+                spans.append(Span(i, i, "Anatomy", "places", token.lower()))
             elif word is not None:
                 spans.append(Span(i, i, word.kind, word.group, word.base))
             elif token.lower() in self._lexicon.lists["graders"]:
@@ -258,8 +261,10 @@ def _of_technique(lower: Sequence[str], lists: Mapping[str, frozenset[str]]) -> 
         if token not in words:
             continue
         first = i
-        while first and lower[first - 1] not in (".", ";", ":", ",") and (
-            lower[first - 1] in words or lower[first - 1] in _BEFORE_A_VIEW
+        while (
+            first
+            and lower[first - 1] not in (".", ";", ":", ",")
+            and (lower[first - 1] in words or lower[first - 1] in _BEFORE_A_VIEW)
         ):
             first -= 1
         last = i

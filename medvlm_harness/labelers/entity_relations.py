@@ -1,49 +1,27 @@
 """Which entity modifies which, what lies where, and which diagnosis is offered for what: rules of adjacency.
 
-There is no parser behind them: entities that stand side by side form a phrase, and the words between two phrases say
-how they hang together. What comes out is approximate, and files that hold it say so.
+There is no parser behind them: entities side by side form a phrase, and the words between two phrases say how they hang
+together. What comes out is approximate, and files that hold it say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from medvlm_harness.labelers.lexicon import Kind, lexicon
+from medvlm_harness.labelers.entity_phrases import DEVICE_PARTS, NOUNS, Entity, Phrase, Relation, Relations
 
 if TYPE_CHECKING:
     from spacy.tokens import Doc
 
 __all__ = ["link"]
 
-Relation = tuple[str, int]
-_NOUNS = frozenset({"findings", "devices"})
-_DEVICE_PARTS = frozenset({"tip", "port", "lead", "sidehole", "side-hole", "sideport", "side-port"})
-_STATES = frozenset({"position", "placement", "alignment", "in place"})  # of a device, rather than findings
+_STATES = frozenset({"position", "placement", "alignment", "in place"})  # of a device
 _COMPARATIVES = frozenset({"greater", "worse", "larger", "more", "less"})
 _SIDES = frozenset({"left", "right", "l", "r", "lt", "rt", "left-sided", "right-sided"})
 _ARTICLES = frozenset({"the", "a", "an"})
-
-
-class Entity(Protocol):
-    """What is looked at of an entity; tokens [start, end]."""
-
-    start: int
-    end: int
-    kind: Kind
-    group: str
-    word: str
-
-
-@dataclass(slots=True)
-class _Phrase:
-    """Entities without a word between them."""
-
-    members: list[int]
-    head: int | None = None  # the observation that the phrase is about
-    places: list[int] = field(default_factory=list)  # heads of its anatomy
-    anatomy: list[int] = field(default_factory=list)
+_LEFT_OPEN = 6  # words after a diagnosis among which "cannot be excluded" is sought
 
 
 def link(doc: Doc, entities: Sequence[Entity]) -> list[list[Relation]]:
@@ -53,424 +31,374 @@ def link(doc: Doc, entities: Sequence[Entity]) -> list[list[Relation]]:
         doc: the parsed tokens; relations never leave a sentence.
         entities: in order of place, without overlap.
     """
-    linker = _Linker(doc, entities)
-    bounds = [sentence.end for sentence in doc.sents]
-    current: list[int] = []
-    sentence = 0
+    relations = Relations(doc, entities)
+    ends = [sentence.end for sentence in doc.sents]
+    sentence, positions = 0, list[int]()
     for position, entity in enumerate(entities):
-        while entity.start >= bounds[sentence]:
-            linker.sentence(current)
-            current = []
-            sentence += 1
-        current.append(position)
-    linker.sentence(current)
-    return [sorted(relations, key=lambda r: (r[1], r[0])) for relations in linker.relations]
+        while entity.start >= ends[sentence]:
+            _Sentence(relations).link(positions)
+            sentence, positions = sentence + 1, []
+        positions.append(position)
+    _Sentence(relations).link(positions)
+    return [sorted(found, key=lambda relation: (relation[1], relation[0])) for found in relations.found]
 
 
-class _Linker:
-    def __init__(self, doc: Doc, entities: Sequence[Entity]) -> None:
-        self.doc, self.entities = doc, entities
-        self.lists = lexicon().lists
-        self.relations: list[list[Relation]] = [[] for _ in entities]
+class _Sentence:
+    """One sentence, read from left to right.
 
-    # --- small steps
+    `subject` is the phrase that a predicate would be about, `main` the finding that later diagnoses are offered for.
+    """
 
-    def add(self, kind: str, source: int, target: int) -> None:
-        if source != target and (kind, target) not in self.relations[source]:
-            self.relations[source].append((kind, target))
+    def __init__(self, relations: Relations) -> None:
+        self.r = relations
+        self.first = 0
+        self.subject = Phrase([])
+        self.main: int | None = None
+        self.offered = False  # the phrase before was a diagnosis: the next in the list is one too
+        self.predicated = False  # the subject has been spoken of: "and the hila" begins anew
 
-    def modifies(self, source: int) -> bool:
-        return any(kind == "modify" for kind, _ in self.relations[source])
-
-    def located(self, source: int) -> bool:
-        return any(kind == "located_at" for kind, _ in self.relations[source])
-
-    def word(self, position: int) -> str:
-        return self.entities[position].word
-
-    def group(self, position: int) -> str:
-        return self.entities[position].group
-
-    def anatomical(self, position: int) -> bool:
-        return self.entities[position].kind == "Anatomy"
-
-    def gap(self, left: int, right: int) -> list[str]:
-        """The words between two entities, in lower case."""
-        return [token.lower_ for token in self.doc[self.entities[left].end + 1 : self.entities[right].start]]
-
-    # --- one sentence
-
-    def sentence(self, positions: list[int]) -> None:
-        if not positions:
-            return
-        compared = self.comparison(positions)
-        phrases = [self.phrase(members) for members in self.runs([p for p in positions if p not in compared])]
+    def link(self, positions: Sequence[int]) -> None:
+        """Add all relations among these entities."""
+        compared = self._comparison(positions)
+        phrases = self.r.phrases([p for p in positions if p not in compared])
         if not phrases:
             return
-        self.heading = self.find_heading(phrases)
-        self.main: int | None = None  # the finding that later diagnoses are offered for
+        self.first = positions[0]
+        self.subject, self.main = phrases[0], phrases[0].head
+        for previous, phrase in pairwise(phrases):
+            between = self.r.gap(previous.members[-1], phrase.members[0])
+            if phrase.head is None:
+                self._place(phrase, previous, between)
+            else:
+                self._finding(phrase, phrase.head, previous, between)
+        self._settle_comparison(compared, phrases)
+        self._settle_heading(phrases)
+
+    # --- a phrase with an observation
+
+    def _finding(self, phrase: Phrase, head: int, previous: Phrase, between: Sequence[str]) -> None:
+        """The first rule that fits links the phrase to what stands before it."""
+        follows_on = (
+            self._part_of_device(phrase, head)
+            or self._more_adjectives(head, previous, between)
+            or self._shared_places(phrase, previous, between)
+            or self._state_of_device(head)
+            or self._said_of(head, previous, between)
+            or self._measure(head, previous, between)
+            or self._diagnosis(phrase, head, between)
+            or self._part_of_place(phrase, head, previous)
+            or self._predicate(phrase, head, between)
+            or self._afterthought(phrase, head, between)
+        )
+        if not follows_on:
+            if {"versus", "vs"} & set(between) and not phrase.places:
+                self.r.locate(head, previous.places)
+            self._begin(phrase, head)
+
+    def _begin(self, phrase: Phrase, head: int) -> None:
+        """The phrase is what comes next is about."""
+        self.subject = phrase
         self.offered = False
-        self.predicated = False  # the subject has been spoken of: "and the hila" begins anew
-        subject: _Phrase | None = None
-        for number, phrase in enumerate(phrases):
-            previous = phrases[number - 1] if number else None
-            subject = self.attach(phrase, previous, subject)
-        self.settle_comparison(compared, phrases)
-        if self.heading is not None:
-            for phrase in phrases[1:]:
-                if phrase.head is not None and not (self.located(phrase.head) or self.modifies(phrase.head)):
-                    self.locate([phrase.head], self.heading.places)
+        if self.main is None or self.r.group(head) in NOUNS:
+            self.main = head
 
-    def runs(self, positions: Sequence[int]) -> Iterable[list[int]]:
-        run: list[int] = []
-        for position in positions:
-            starts_place = run and self.group(position) == "prepositions" and not self.anatomical(run[-1])
-            if run and (self.gap(run[-1], position) or starts_place):
-                yield run
-                run = []
-            run.append(position)
-        if run:
-            yield run
-
-    def phrase(self, members: list[int]) -> _Phrase:
-        """Links inside a phrase: anatomy to its organ, observations to the last of them, that one to the places."""
-        phrase = _Phrase(members, anatomy=[p for p in members if self.anatomical(p)])
-        observed = [p for p in members if not self.anatomical(p)]
-        for stretch in self.anatomy_stretches(members):
-            phrase.places.append(self.link_anatomy(stretch))
-        if not observed:
-            return phrase
-        head = self.observation_head(observed)
-        phrase.head = head
-        for k, position in enumerate(observed):
-            if position == head:
-                continue
-            following = observed[k + 1] if k + 1 < len(observed) else head
-            grades = self.grades(position) and following != position and not self.gap(position, following)
-            self.add("modify", position, following if grades and following > position else head)
-        located = head
-        parts = [p for p in observed if self.word(p) in _DEVICE_PARTS and p != head]
-        self.locate([located], phrase.places)
-        phrase.head = parts[-1] if parts and self.group(head) == "devices" else head
-        return phrase
-
-    def grades(self, position: int) -> bool:
-        """An adverb: it grades the next word, not the noun."""
-        entity = self.entities[position]
-        text = self.doc[entity.start].lower_
-        return text.endswith("ly") and text != entity.word
-
-    def observation_head(self, observed: Sequence[int]) -> int:
-        last = observed[-1]
-        if self.word(last) in self.lists["nouns_of_change"] and len(observed) > 1:
-            described = observed[-2]
-            if self.group(described) == "descriptors" and self.word(described) not in ("little", "minimal", "new"):
-                return described
-        if self.word(last) in _DEVICE_PARTS and len(observed) > 1 and self.group(observed[-2]) == "devices":
-            return observed[-2]
-        return last
-
-    def anatomy_stretches(self, members: Sequence[int]) -> Iterable[list[int]]:
-        """Anatomy side by side; a place word behind an organ begins anew where another organ follows."""
-        stretch: list[int] = []
-        for k, position in enumerate(members):
-            if not self.anatomical(position):
-                if stretch:
-                    yield stretch
-                stretch = []
-                continue
-            rest = [p for p in members[k + 1 :] if self.anatomical(p)]
-            again = self.group(position) == "places" and any(self.group(p) == "organs" for p in rest)
-            if stretch and again and any(self.group(p) == "organs" for p in stretch):
-                yield stretch
-                stretch = []
-            stretch.append(position)
-        if stretch:
-            yield stretch
-
-    def link_anatomy(self, stretch: Sequence[int]) -> int:
-        organs = [p for p in stretch if self.group(p) in ("organs", "abbreviations")]
-        parts = [p for p in stretch if self.group(p) == "parts"]
-        head = (organs or parts or list(stretch))[-1]
-        for position in stretch:
-            self.add("modify", position, head)
-        return head
-
-    # --- between phrases
-
-    def attach(self, phrase: _Phrase, previous: _Phrase | None, subject: _Phrase | None) -> _Phrase | None:
-        """Link a phrase to what stands before it; gives back the subject of what comes next."""
-        if previous is None:
-            self.main = phrase.head
-            return phrase
-        between = self.gap(previous.members[-1], phrase.members[0])
-        begins = self.entities[phrase.members[0]]
-        offer = self.offers(between)
-        if phrase.head is None:
-            return self.attach_place(phrase, previous, subject, between)
-        if self.word(phrase.head) in _DEVICE_PARTS and phrase.members == [phrase.head]:
-            self.to_device(phrase.head, phrase)
-            return phrase
-        if self.describing(previous) and (between == ["if", "any"] or self.only(between, "joins")):
-            self.add("modify", previous.head, phrase.head)  # "small , loculated effusion"
-            self.main = phrase.head
-            return phrase
-        # "pleural or pericardial effusion", "heart and mediastinum normal": the places belong together.
-        if previous.head is None and self.only(between, "joins") and self.anatomical(phrase.members[0]):
-            self.share(previous, phrase)
-            return phrase
-        if self.word(phrase.head) in _STATES and self.in_state(phrase, previous, between):
-            return subject
-        if previous.head is not None and self.of_change(previous.head, phrase.head, between):
-            return phrase
-        if self.group(phrase.head) == "measures":
-            self.measure(phrase.head, previous)
-            return subject
-        if previous.head is not None and self.group(previous.head) == "measures" and between[:1] == ["of"]:
-            self.relations[previous.head] = [("modify", phrase.head)]
-            self.main = phrase.head
-            return phrase
-        noun = self.group(phrase.head) in _NOUNS
-        if self.main is not None and noun and (offer or (self.offered and self.goes_on(between))):
-            self.add("suggestive_of", self.main, phrase.head)
-            self.offered = True
-            return subject
-        self.offered = False
-        if {"versus", "vs"} & set(between) and not phrase.places:
-            self.locate([phrase.head], previous.places)
-        parts_only = phrase.anatomy and all(self.group(p) == "parts" for p in phrase.anatomy)
-        if parts_only and previous.head is None:
-            self.reheaded(phrase, previous)
-            self.main = phrase.head if self.main is None else self.main
-            return phrase
-        stated = self.states(between)
-        if stated and subject is not None and not (noun and subject.head is not None):
-            if subject.head is not None and not noun:
-                if subject.places == [] or self.group(subject.head) in _NOUNS:
-                    self.describe(phrase, subject.head)
-                    self.predicated = True
-                    return subject
-            if subject.places:
-                self.predicated = True
-                self.sided(phrase, subject)
-                self.locate([phrase.head], [p for p in subject.places if not self.modifies(p)] or subject.places)
-                self.main = phrase.head if self.main is None else self.main
-                return _Phrase(phrase.members, phrase.head, subject.places, subject.anatomy)
-        if not noun and between[:1] == [","] and subject is not None and not phrase.anatomy and begins is not None:
-            target = subject.head if subject.head is not None else None
-            if target is not None:
-                self.describe(phrase, target)
-                return subject
-        if noun or self.main is None:
-            self.main = phrase.head
-        return phrase
-
-    def attach_place(
-        self, phrase: _Phrase, previous: _Phrase, subject: _Phrase | None, between: Sequence[str]
-    ) -> _Phrase | None:
-        """A phrase of anatomy alone: the rest of another place, where something lies, or what is spoken of next."""
-        if previous.anatomy and previous.members[-1] in previous.anatomy and between[:1] == ["of"]:
-            self.merge(previous, phrase)
-            return subject
-        anew = self.predicated and "the" in between
-        joined = self.only(between, "joins") and not anew
-        if joined and previous.anatomy and previous.members[-1] in previous.anatomy:
-            holder = self.holder(previous, subject)
-            self.share_parts(previous, phrase)
-            if holder is not None:
-                self.locate([holder], phrase.places)
-            if previous.head is None:
-                places = [*previous.places, *(p for p in phrase.places if p not in previous.places)]
-                return _Phrase([*previous.members, *phrase.members], None, places, [*previous.anatomy, *phrase.anatomy])
-            return subject
-        if self.group(previous.members[-1]) == "prepositions":
-            previous.places = list(phrase.places)
-            for position in previous.members:
-                if self.group(position) == "prepositions":
-                    self.relations[position] = [("modify", phrase.places[0])]
-            holder = self.holder(previous, subject)
-            if holder is not None:
-                self.relations[holder] = [r for r in self.relations[holder] if self.group(r[1]) != "prepositions"]
-                self.locate([holder], phrase.places)
-            return subject
-        inner = [p for p in phrase.anatomy if self.group(p) == "parts"]
-        leads = next((word for word in reversed(between) if word in self.lists["prepositions"]), None)
-        if leads == "in" and inner == phrase.anatomy and subject is not None and subject.places:
-            for position in phrase.anatomy:
-                self.add("modify", position, subject.places[0])
-            return subject
-        holder = self.holder(previous, subject)
-        if leads is not None or self.group(phrase.members[0]) == "prepositions":
-            if holder is not None:
-                self.locate([holder], phrase.places)
-                return subject
-            return phrase
-        if holder is not None and not between:
-            self.locate([holder], phrase.places)
-            return subject
-        self.predicated = False
-        return phrase
-
-    def to_device(self, part: int, phrase: _Phrase) -> None:
+    def _part_of_device(self, phrase: Phrase, head: int) -> bool:
         """`feeding tube with tip`: the part belongs to the device before it."""
-        devices = [p for p in range(part) if self.group(p) == "devices" and self.same_sentence(p, phrase)]
-        if heads := [p for p in devices if not self.modifies(p)]:
-            self.add("modify", part, heads[-1])
-
-    def describing(self, phrase: _Phrase) -> bool:
-        """Adjectives alone, which nothing carries yet."""
-        head = phrase.head
-        if head is None or phrase.anatomy or self.relations[head]:
+        if self.r.word(head) not in DEVICE_PARTS or phrase.members != [head]:
             return False
-        return all(self.group(p) == "descriptors" for p in phrase.members)
-
-    def sided(self, phrase: _Phrase, subject: _Phrase) -> None:
-        """`the lungs are clear bilaterally`: a side in the predicate belongs to what is spoken of."""
-        if phrase.head is None or not phrase.anatomy or any(self.group(p) != "places" for p in phrase.anatomy):
-            return
-        self.relations[phrase.head] = [r for r in self.relations[phrase.head] if r[0] != "located_at"]
-        for position in phrase.anatomy:
-            self.relations[position] = [("modify", subject.places[0])]
-
-    def holder(self, previous: _Phrase, subject: _Phrase | None) -> int | None:
-        """The finding that a place behind it belongs to."""
-        if previous.head is not None:
-            head = previous.head
-            for kind, target in self.relations[head]:
-                if kind == "modify" and not self.anatomical(target) and self.word(head) not in _DEVICE_PARTS:
-                    return target
-            return head
-        return subject.head if subject is not None else None
-
-    def locate(self, sources: Iterable[int], places: Iterable[int]) -> None:
-        targets = list(places)
-        for source in sources:
-            for place in targets:
-                self.add("located_at", source, place)
-
-    def merge(self, first: _Phrase, second: _Phrase) -> None:
-        """`apical segment of the left lower lobe`: one place, whose head is the latter's."""
-        head = second.places[0]
-        old = set(first.places)
-        for position in first.anatomy:
-            self.relations[position] = [("modify", head)]
-        for relations in self.relations:
-            relations[:] = [(k, head) if k == "located_at" and t in old else (k, t) for k, t in relations]
-        first.places = [head]
-
-    def share(self, first: _Phrase, second: _Phrase) -> None:
-        """Two places before one finding."""
-        if second.head is not None:
-            self.locate([second.head], first.places)
-        self.share_parts(first, second)
-        second.places = [*first.places, *second.places]
-
-    def share_parts(self, first: _Phrase, second: _Phrase) -> None:
-        """`Cardiac and hilar contours`: the part belongs to both organs."""
-        named = any(self.group(p) == "parts" for p in first.anatomy)
-        for position in second.anatomy:
-            if self.group(position) == "parts" and self.modifies(position) and not named:
-                for place in first.places:
-                    self.add("modify", position, place)
-
-    def reheaded(self, phrase: _Phrase, place: _Phrase) -> None:
-        """`Mediastinum : normal width`: the part belongs to the place that was named before."""
-        if phrase.head is None:
-            return
-        self.relations[phrase.head] = [r for r in self.relations[phrase.head] if r[0] != "located_at"]
-        for position in phrase.anatomy:
-            self.relations[position] = [("modify", target) for target in place.places[:1]]
-        self.locate([phrase.head], place.places)
-
-    def in_state(self, phrase: _Phrase, previous: _Phrase, between: Sequence[str]) -> bool:
-        """`in satisfactory position`, `placement of`: about the device before; whether there is one."""
-        devices = [p for p in range(phrase.members[0]) if self.group(p) == "devices" and self.same_sentence(p, phrase)]
-        heads = [p for p in devices if not self.modifies(p)]
-        if not heads or phrase.head is None:
-            return False
-        self.add("modify", phrase.head, heads[-1])
+        device = self._device_before(head)
+        if device is not None:
+            self.r.add("modify", head, device)
+        self._begin(phrase, head)
         return True
 
-    def same_sentence(self, position: int, phrase: _Phrase) -> bool:
-        first, last = self.entities[position].start, self.entities[phrase.members[0]].start
-        return not any(token.is_sent_start for token in self.doc[first + 1 : last + 1])
+    def _more_adjectives(self, head: int, previous: Phrase, between: Sequence[str]) -> bool:
+        """`small , loculated effusion`: adjectives alone belong to the finding that they lead to."""
+        adjective = previous.head
+        if adjective is None or previous.anatomy or self.r.found[adjective]:
+            return False
+        if any(self.r.group(p) != "descriptors" for p in previous.members):
+            return False
+        if not (list(between) == ["if", "any"] or self._only(between, "joins")):
+            return False
+        self.r.add("modify", adjective, head)
+        self.main, self.subject = head, Phrase([*previous.members, head], head)
+        return True
 
-    def of_change(self, first: int, second: int, between: Sequence[str]) -> bool:
-        """`no change in X`, `placement of X`: the first is said of the second."""
-        leads = between[:1]
-        change = self.word(first) in (*self.lists["denied_changes"], *self.lists["nouns_of_change"])
-        increase = self.word(first) in ("increase", "decrease", "improvement", "worsening", "progression")
-        if ((change or increase) and leads in (["in"], ["of"])) or (self.word(first) in _STATES and leads == ["of"]):
-            self.relations[first] = [("modify", second)]
-            self.main = second
-            return True
-        return False
+    def _shared_places(self, phrase: Phrase, previous: Phrase, between: Sequence[str]) -> bool:
+        """`pleural or pericardial effusion`, `heart and mediastinum normal`: the finding is at each place."""
+        if previous.head is not None or not self._only(between, "joins") or not self.r.anatomical(phrase.members[0]):
+            return False
+        listed = self._listed(previous)
+        if phrase.head is not None:
+            self.r.locate(phrase.head, listed.places)
+        self._share_part(phrase, listed)
+        phrase.places = [*listed.places, *phrase.places]
+        self.subject, self.predicated = phrase, True
+        self.main = phrase.head if self.main is None else self.main
+        return True
 
-    def measure(self, position: int, previous: _Phrase) -> None:
+    def _state_of_device(self, head: int) -> bool:
+        """`in satisfactory position`: of the device before."""
+        device = self._device_before(head) if self.r.word(head) in _STATES else None
+        if device is None:
+            return False
+        self.r.add("modify", head, device)
+        return True
+
+    def _said_of(self, head: int, previous: Phrase, between: Sequence[str]) -> bool:
+        """`no change in X`, `placement of X`, `12 mm of X`: the first is said of the second."""
+        first = previous.head
+        if first is None or list(between[:1]) not in (["in"], ["of"]):
+            return False
+        word, of = self.r.word(first), between[0] == "of"
+        measure = self.r.group(first) == "measures" and of
+        if not (word in self.r.lists["changes"] or (word in _STATES and of) or measure):
+            return False
+        self.r.found[first] = [("modify", head)]
+        self.main, self.subject = head, Phrase([head], head)
+        return True
+
+    def _measure(self, head: int, previous: Phrase, between: Sequence[str]) -> bool:
+        """`nodule measuring 9 x 7 mm`."""
+        if self.r.group(head) != "measures":
+            return False
         target = previous.head if previous.head is not None else self.main
         if target is not None:
-            self.add("modify", position, target)
+            self.r.add("modify", head, target)
+        return True
 
-    def describe(self, phrase: _Phrase, target: int) -> None:
-        """A predicate about a finding; what it located in its own phrase stays."""
-        if phrase.head is not None:
-            self.add("modify", phrase.head, target)
-
-    def offers(self, between: Sequence[str]) -> bool:
-        text = f" {' '.join(between)} "
-        return any(f" {offer} " in text for offer in self.lists["offers"])
-
-    def goes_on(self, between: Sequence[str]) -> bool:
-        allowed = self.lists["joins"] | self.lists["fillers"] | {"less", "likely", "possibly", "even", "early"}
-        return all(word in allowed for word in between)
-
-    def states(self, between: Sequence[str]) -> bool:
-        """Whether a verb links what stands on both sides, or nothing but fillers does."""
-        if any(word in (",", ";", "but", "with") for word in between[-1:]):
+    def _diagnosis(self, phrase: Phrase, head: int, between: Sequence[str]) -> bool:
+        """`opacity , likely atelectasis or pneumonia`: what is offered for the finding before."""
+        if self.main is None or self.r.group(head) not in NOUNS or "superimposed" in between:
             return False
-        copulas = self.lists["copulas"]
-        return any(word in copulas for word in between) or not between or between in (["not"], [":"], ["within"])
+        listed = self.offered and self._goes_on(between)
+        if not (listed or self._contains(between, "offers") or self._left_open(phrase)):
+            return False
+        self.r.add("suggestive_of", self.main, head)
+        self.offered = True
+        return True
 
-    def only(self, between: Sequence[str], name: str) -> bool:
-        words = self.lists[name]
+    def _part_of_place(self, phrase: Phrase, head: int, previous: Phrase) -> bool:
+        """`Mediastinum : normal width`: the part belongs to the place that was named before."""
+        if previous.head is not None or not phrase.anatomy or not self._parts_only(phrase):
+            return False
+        for position in phrase.anatomy:
+            self.r.found[position] = [("modify", place) for place in previous.places[:1]]
+        self.r.unlocate(head)
+        self.r.locate(head, previous.places)
+        self._begin(phrase, head)
+        return True
+
+    def _predicate(self, phrase: Phrase, head: int, between: Sequence[str]) -> bool:
+        """`the lungs are clear`, `the effusion is larger`."""
+        noun, about = self.r.group(head) in NOUNS, self.subject
+        if not self._states(between) or (noun and about.head is not None):
+            return False
+        is_finding = about.head is not None and (not about.places or self.r.group(about.head) in NOUNS)
+        if about.head is not None and is_finding and not phrase.places:
+            self.r.add("modify", head, about.head)
+            self.predicated, self.offered = True, False
+            return True
+        if not about.places:
+            return False
+        if phrase.anatomy and all(self.r.group(p) == "places" for p in phrase.anatomy):
+            self.r.unlocate(head)  # "are clear bilaterally": the side belongs to the lungs
+            for position in phrase.anatomy:
+                self.r.found[position] = [("modify", about.places[0])]
+        self.r.locate(head, about.places)
+        self.subject = Phrase(phrase.members, head, about.places, about.anatomy)
+        self.predicated, self.offered = True, False
+        self.main = head if self.main is None else self.main
+        return True
+
+    def _afterthought(self, phrase: Phrase, head: int, between: Sequence[str]) -> bool:
+        """`opacities , unchanged`."""
+        about = self.subject.head
+        if about is None or self.r.group(head) in NOUNS or phrase.anatomy or list(between[:1]) != [","]:
+            return False
+        self.r.add("modify", head, about)
+        self.offered = False
+        return True
+
+    # --- a phrase of places alone
+
+    def _place(self, phrase: Phrase, previous: Phrase, between: Sequence[str]) -> None:
+        """The rest of another place, where something lies, or what is spoken of next."""
+        follows_on = (
+            self._whole_of(phrase, previous, between)
+            or self._parts_of_subject(phrase, between)
+            or self._next_place(phrase, previous, between)
+            or self._landmark(phrase, previous)
+            or self._location(phrase, previous, between)
+        )
+        if not follows_on:
+            self.subject, self.predicated = phrase, False
+
+    def _whole_of(self, phrase: Phrase, previous: Phrase, between: Sequence[str]) -> bool:
+        """`apical segment of the left lower lobe`: one place, whose head is the latter's."""
+        if not self._ends_in_place(previous) or list(between[:1]) != ["of"]:
+            return False
+        head, old = phrase.places[0], set(previous.places)
+        for position in previous.anatomy:
+            self.r.found[position] = [("modify", head)]
+        for found in self.r.found[self.first :]:
+            found[:] = [(kind, head if kind == "located_at" and at in old else at) for kind, at in found]
+        previous.places[:] = [head]
+        return True
+
+    def _parts_of_subject(self, phrase: Phrase, between: Sequence[str]) -> bool:
+        """`normal in size and contour`: of what is spoken of."""
+        if not self._parts_only(phrase) or not self.subject.places:
+            return False
+        if list(between[-1:]) != ["in"] and not (self.predicated and self._only(between, "joins")):
+            return False
+        for position in phrase.anatomy:
+            self.r.found[position] = [("modify", self.subject.places[0])]
+        return True
+
+    def _next_place(self, phrase: Phrase, previous: Phrase, between: Sequence[str]) -> bool:
+        """`in the right lung and left base`, `heart size , mediastinum and hila`: a further place of the same."""
+        anew = self.predicated and "the" in between
+        if anew or not self._only(between, "joins") or not self._ends_in_place(previous):
+            return False
+        holder = self._holder(previous)
+        listed = self._listed(previous)
+        self._share_part(phrase, listed)
+        if holder is not None:
+            self.r.locate(holder, phrase.places)
+        elif previous.head is None:
+            places = [*listed.places, *(p for p in phrase.places if p not in listed.places)]
+            self.subject = Phrase([*listed.members, *phrase.members], None, places, [*listed.anatomy, *phrase.anatomy])
+        return True
+
+    def _landmark(self, phrase: Phrase, previous: Phrase) -> bool:
+        """`3 cm above the carina`: the distance modifies the landmark, and what ends there is at the landmark."""
+        before = previous.members[-1]
+        if self.r.group(before) != "prepositions":
+            return False
+        self.r.found[before] = [("modify", phrase.places[0])]
+        previous.places[:] = phrase.places
+        holder = self._holder(previous)
+        if holder is not None:
+            found = self.r.found[holder]
+            found[:] = [relation for relation in found if self.r.group(relation[1]) != "prepositions"]
+            self.r.locate(holder, phrase.places)
+        return True
+
+    def _location(self, phrase: Phrase, previous: Phrase, between: Sequence[str]) -> bool:
+        """`opacity in the lingula`, `tip above ...`."""
+        leads = any(word in self.r.lists["prepositions"] for word in between)
+        holder = self._holder(previous)
+        if holder is None or not (leads or not between or self.r.group(phrase.members[0]) == "prepositions"):
+            return False
+        self.r.locate(holder, phrase.places)
+        return True
+
+    # --- what the rules ask
+
+    def _holder(self, previous: Phrase) -> int | None:
+        """The finding that a place behind a phrase belongs to: of a predicate, what it is said of."""
+        if previous.head is None:
+            return self.subject.head
+        for kind, target in self.r.found[previous.head]:
+            if kind == "modify" and not self.r.anatomical(target) and self.r.word(previous.head) not in DEVICE_PARTS:
+                return target
+        return previous.head
+
+    def _listed(self, previous: Phrase) -> Phrase:
+        """The list of places that a phrase of places ends, or itself."""
+        return self.subject if previous.members[0] in self.subject.members else previous
+
+    def _share_part(self, phrase: Phrase, listed: Phrase) -> None:
+        """`Cardiac and hilar contours`: the part belongs to both organs, unless the first has one of its own."""
+        if any(self.r.group(p) == "parts" for p in listed.anatomy):
+            return
+        for position in phrase.anatomy:
+            if self.r.group(position) == "parts" and self.r.modifies(position):
+                for place in listed.places:
+                    self.r.add("modify", position, place)
+
+    def _device_before(self, position: int) -> int | None:
+        """The last device of the sentence that is no part or kind of another."""
+        devices = [p for p in range(self.first, position) if self.r.group(p) == "devices" and not self.r.modifies(p)]
+        return devices[-1] if devices else None
+
+    def _ends_in_place(self, phrase: Phrase) -> bool:
+        return phrase.members[-1] in phrase.anatomy
+
+    def _parts_only(self, phrase: Phrase) -> bool:
+        return all(self.r.group(p) == "parts" for p in phrase.anatomy)
+
+    def _only(self, between: Sequence[str], name: str) -> bool:
+        words = self.r.lists[name]
         return any(word in words for word in between) and all(word in words or word in _ARTICLES for word in between)
 
-    def find_heading(self, phrases: Sequence[_Phrase]) -> _Phrase | None:
-        """`Bones : ...`: anatomy before a colon is where the rest of the sentence is."""
-        first = phrases[0]
-        if first.head is None and len(phrases) > 1:
-            between = self.gap(first.members[-1], phrases[1].members[0])
-            if between[:1] == [":"]:
-                return first
-        return None
+    def _contains(self, between: Sequence[str], name: str) -> bool:
+        text = f" {' '.join(between)} "
+        return any(f" {phrase} " in text for phrase in self.r.lists[name])
 
-    # --- "right greater than left"
+    def _goes_on(self, between: Sequence[str]) -> bool:
+        allowed = self.r.lists["joins"] | self.r.lists["fillers"] | {"less", "likely", "possibly", "even"}
+        return all(word in allowed for word in between)
 
-    def comparison(self, positions: Sequence[int]) -> tuple[int, ...]:
+    def _left_open(self, phrase: Phrase) -> bool:
+        """`pneumonia cannot be excluded`."""
+        end = self.r.entities[phrase.members[-1]].end + 1
+        following = []
+        for token in self.r.doc[end : end + _LEFT_OPEN]:
+            if token.is_sent_start:
+                break
+            following.append(token.lower_)
+        return self._contains(following, "left_open")
+
+    def _states(self, between: Sequence[str]) -> bool:
+        """Whether a verb links what stands on both sides, or hardly anything is between."""
+        if list(between[-1:]) in ([","], [";"], ["but"], ["with"]):
+            return False
+        linking = any(word in self.r.lists["copulas"] for word in between)
+        return linking or list(between) in ([], ["not"], [":"], ["within"])
+
+    # --- what spans the sentence
+
+    def _settle_heading(self, phrases: Sequence[Phrase]) -> None:
+        """`Bones : ...`: what is found nowhere else is found there."""
+        heading = phrases[0]
+        if heading.head is not None or len(phrases) < 2:
+            return
+        if self.r.gap(heading.members[-1], phrases[1].members[0])[:1] != [":"]:
+            return
+        for phrase in phrases[1:]:
+            if phrase.head is not None and not (self.r.located(phrase.head) or self.r.modifies(phrase.head)):
+                self.r.locate(phrase.head, heading.places)
+
+    def _comparison(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """`right greater than left`: its three entities, if it is there."""
         for first, word, second in zip(positions, positions[1:], positions[2:], strict=False):
-            if (
-                self.word(first) in _SIDES
-                and self.word(second) in _SIDES
-                and self.word(word) in _COMPARATIVES
-                and not self.gap(first, word)
-                and self.gap(word, second) == ["than"]
-            ):
+            words = (
+                self.r.word(first) in _SIDES and self.r.word(word) in _COMPARATIVES and self.r.word(second) in _SIDES
+            )
+            if words and not self.r.gap(first, word) and self.r.gap(word, second) == ["than"]:
                 return first, word, second
         return ()
 
-    def settle_comparison(self, compared: Sequence[int], phrases: Sequence[_Phrase]) -> None:
+    def _settle_comparison(self, compared: Sequence[int], phrases: Sequence[Phrase]) -> None:
+        """Both sides belong to the place of the finding before; the comparative to the finding, at the first side."""
         if not compared:
             return
         first, word, second = compared
-        heads = [p.head for p in phrases if p.head is not None and p.members[0] < first]
-        finding = next((h for h in reversed(heads) if self.located(h)), heads[-1] if heads else None)
-        self.add("located_at", word, first)
+        self.r.add("located_at", word, first)
+        before = [p.head for p in phrases if p.head is not None and p.members[0] < first]
+        after = [p.head for p in phrases if p.head is not None and p.members[0] > first]
+        finding = next((head for head in reversed(before) if self.r.located(head)), None)
+        if finding is None:
+            finding = before[-1] if before else after[0] if after else None
         if finding is None:
             return
-        self.add("modify", word, finding)
-        for kind, place in list(self.relations[finding]):
-            if kind == "located_at":
-                self.add("modify", first, place)
-                self.add("modify", second, place)
-                return
-        self.locate([finding], [first, second])
+        self.r.add("modify", word, finding)
+        places = [at for kind, at in self.r.found[finding] if kind == "located_at"]
+        for side in (first, second):
+            if places:
+                self.r.add("modify", side, places[0])
+            else:
+                self.r.locate(finding, [side])

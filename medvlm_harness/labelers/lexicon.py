@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 from medvlm_harness.labelers.assertion import ASSERTION_TERMS, ASSERTIONS
@@ -22,6 +22,9 @@ _LISTS = (
     "graders",
     "denied_changes",
     "nouns_of_change",
+    "degrees_of_change",
+    "changes",
+    "left_open",
     "offers",
     "copulas",
     "fillers",
@@ -32,6 +35,7 @@ _LISTS = (
 )
 # A shorter word is a word of its own too often: "this" is no "thin".
 _SHORTEST_MISSPELT = 5
+_REMEMBERED = 2**16  # distinct tokens
 
 
 class Word(NamedTuple):
@@ -42,7 +46,7 @@ class Word(NamedTuple):
     base: str  # as it stands there
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Lexicon:
     """The term file `entities.yaml`, ready for look-ups."""
 
@@ -51,6 +55,7 @@ class Lexicon:
     known: frozenset[str]  # words that are spelt as they are meant
     near: dict[str, tuple[str, ...]]  # a spelling with one letter left out -> words
 
+    @lru_cache(maxsize=_REMEMBERED)  # noqa: B019  # there is one lexicon, and it lives as long as the process
     def find(self, token: str) -> Word | None:
         """The word that a token is an inflection of; abbreviations of one or two letters count in capitals only."""
         lower = token.lower()
@@ -61,8 +66,9 @@ class Lexicon:
                 return None if short and not token[:2].isupper() else word
         return None
 
+    @lru_cache(maxsize=_REMEMBERED)  # noqa: B019
     def spelt(self, token: str) -> str:
-        """The token, or the word that it is one slip of the pen away from: a letter missing, added, changed, swapped."""
+        """The token, or the word that is one slip of the pen away: a letter missing, added, changed, or two swapped."""
         lower = token.lower()
         if len(lower) < _SHORTEST_MISSPELT - 1 or not lower.isalpha() or self._is_known(token):
             return token
