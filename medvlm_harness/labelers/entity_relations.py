@@ -375,10 +375,9 @@ class _Sentence:
     def _comparison(self, positions: Sequence[int]) -> tuple[int, ...]:
         """`right greater than left`: its three entities, if it is there."""
         for first, word, second in zip(positions, positions[1:], positions[2:], strict=False):
-            words = (
-                self.r.word(first) in _SIDES and self.r.word(word) in _COMPARATIVES and self.r.word(second) in _SIDES
-            )
-            if words and not self.r.gap(first, word) and self.r.gap(word, second) == ["than"]:
+            sides = self.r.word(first) in _SIDES and self.r.word(second) in _SIDES
+            than = not self.r.gap(first, word) and self.r.gap(word, second) == ["than"]
+            if sides and than and self.r.word(word) in _COMPARATIVES:
                 return first, word, second
         return ()
 

@@ -1,7 +1,7 @@
 """RadGraph's JSON: gold annotations, or what a RadGraph model wrote in another environment, read and checked.
 
-Both label schemes are read and given in RadGraph-XL's names; measurements count as what they measure. `test.json` of the
-original has two annotators per report: score against each and average, or choose one and say so.
+Both label schemes are read and given in RadGraph-XL's names; measurements count as what they measure. `test.json` of
+the original has two annotators per report: score against each and average, or choose one and say so.
 """
 
 from __future__ import annotations
