@@ -28,6 +28,8 @@ from medvlm_harness.data.sources.base import RawStudy, ReadLog
 from medvlm_harness.data.sources.detect import detect
 from medvlm_harness.data.splits import SPLITS, assign_split
 from medvlm_harness.labelers.base import compose_report, make_labeler
+from medvlm_harness.labelers.entities import EntityExtractor
+from medvlm_harness.labelers.radgraph_json import Entities, read_radgraph
 from medvlm_harness.labelers.rules import CONVENTIONS, RulesLabeler
 from medvlm_harness.metrics.agreement import cohen_kappa
 
@@ -62,7 +64,9 @@ def main() -> None:
     _chexpert(studies, table)
     _mesh(studies, table, labeler)
     _sentences(arguments.shared / "labeler" / "sentences.csv", labeler)
-    _speed([compose_report(study.findings, study.impression) for study in everything])
+    extractor = EntityExtractor()
+    _entities(arguments.shared / "labeler" / "entities.jsonl", extractor)
+    _speed([compose_report(study.findings, study.impression) for study in everything], extractor)
 
 
 def _chexpert(studies: Sequence[RawStudy], table: LabelTable) -> None:
@@ -143,17 +147,56 @@ def _expected(text: str) -> dict[str, int]:
     return {name.strip(): int(value) for name, _, value in pairs}
 
 
-def _speed(reports: Iterable[str]) -> None:
+def _entities(path: Path, extractor: EntityExtractor) -> None:
+    simple, relations = [], Counter[str]()
+    same = shared = 0
+    reports = read_radgraph(path)
+    for report in reports.values():
+        gold, found = report.annotations["entities"], extractor.extract(report.text)["entities"]
+        wanted, given = ({(e["tokens"].lower(), e["label"]) for e in side.values()} for side in (gold, found))
+        # RadGraph's own rule: without entities on a side the score is 0.
+        simple.append(2 * len(wanted & given) / (len(wanted) + len(given)) if wanted and given else 0.0)
+        theirs, ours = _statuses(gold), _statuses(found)
+        shared += len(theirs.keys() & ours.keys())
+        same += sum(theirs[i] == ours[i] for i in theirs.keys() & ours.keys())
+        theirs_linked, ours_linked = _links(gold), _links(found)
+        relations.update(both=len(theirs_linked & ours_linked), gold=len(theirs_linked), found=len(ours_linked))
+    print(f"Entities by rules {extractor.version} against {len(reports)} annotated snippets")
+    print("  (the rules were written with these snippets at hand: expect less on others)")
+    print(f"  simple RadGraph F1 (tokens and label, mean over snippets)    {np.mean(simple):.3f}")
+    print(f"  same status, of {shared} tokens that both call observation       {same / shared:.3f}")
+    f1 = 2 * relations["both"] / (relations["gold"] + relations["found"])
+    print(f"  relations (source, type, target; approximate), micro F1      {f1:.3f}")
+    print()
+
+
+def _statuses(entities: Entities) -> dict[int, str]:
+    """Token -> label, of observations."""
+    observed = (entity for entity in entities.values() if entity["label"].startswith("Observation"))
+    return {i: entity["label"] for entity in observed for i in range(entity["start_ix"], entity["end_ix"] + 1)}
+
+
+def _links(entities: Entities) -> set[tuple[int, str, int]]:
+    """Relations as places in the text."""
+    return {
+        (entity["start_ix"], kind, entities[target]["start_ix"])
+        for entity in entities.values()
+        for kind, target in entity["relations"]
+    }
+
+
+def _speed(reports: Iterable[str], extractor: EntityExtractor) -> None:
     texts = [text for text in reports if text][:TIMED]
     start = time.perf_counter()
     labeler = RulesLabeler()
     labeler.label("The lungs are clear.")
     ready = time.perf_counter() - start
-    start, busy = time.perf_counter(), time.process_time()
-    for text in texts:
-        labeler.label(text)
-    seconds, busy = time.perf_counter() - start, time.process_time() - busy
-    print(f"Speed: {len(texts)} reports labelled in {seconds:.2f} s ({busy:.2f} s of one core), ready in {ready:.2f} s")
+    print(f"Speed, {len(texts)} reports on one core (ready in {ready:.2f} s)")
+    for what, read in (("labels", labeler.label), ("entities", extractor.extract)):
+        start, busy = time.perf_counter(), time.process_time()
+        for text in texts:
+            read(text)
+        print(f"  {what:9} {time.perf_counter() - start:.2f} s ({time.process_time() - busy:.2f} s of the processor)")
 
 
 def _errors(label: str, studies: Sequence[RawStudy], table: LabelTable) -> None:
