@@ -86,7 +86,7 @@ class CheXbertLabeler:
         return {name: labels[name] for name in CHEXPERT_14}
 
     def logits(self, text: str) -> list[torch.Tensor]:
-        """The heads' outputs in CheXbert's order: 13 of shape (4,), blank, positive, negative, uncertain; one of (2,)."""
+        """The heads' outputs in CheXbert's order: 13 of (4,): blank, positive, negative, uncertain; one of (2,)."""
         import torch
 
         ids = self._tokenizer(text, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")["input_ids"]

@@ -33,6 +33,7 @@ _HEART_FAILURE = frozenset({"chf", "heart failure"})
 # "atelectasis or scarring", "infiltrate versus mass": neither is certain. At most this many words between them.
 _ALTERNATIVE_WORDS = frozenset({"or", "versus", "vs"})
 _ALTERNATIVE_GAP = 4
+_DENIALS = frozenset({"no", "not", "without", "neither"})  # under one of them "or" joins, and offers nothing
 
 
 class Mention(NamedTuple):
@@ -158,9 +159,21 @@ def _alternatives(doc: Doc, mentions: Sequence[Mention]) -> list[Mention]:
                 break  # another mention stands between
             between = doc[first.end : second.start]
             joined = len(between) <= _ALTERNATIVE_GAP and any(t.lower_ in _ALTERNATIVE_WORDS for t in between)
+            if joined and _denied_before(doc, first):
+                break
             if joined and 0 not in (first.value, second.value) and not any(t.is_sent_start for t in between):
                 result[i], result[j] = first._replace(value=-1), second._replace(value=-1)
     return result
+
+
+def _denied_before(doc: Doc, mention: Mention) -> bool:
+    """Whether a denial stands before a mention in its sentence, as in "no change in the opacity or the effusion"."""
+    for token in reversed(doc[: mention.start]):
+        if token.lower_ in _DENIALS:
+            return True
+        if token.is_sent_start:
+            return False
+    return False
 
 
 def _overlap(first: Target, second: Target) -> bool:
