@@ -32,6 +32,8 @@ _MEASURE = re.compile(rf"{_NUMBER}(?: (?:x|by|to|-) {_NUMBER})* (?:- )?{_UNIT}(?
 _VERTEBRA = re.compile(r"[CTLS]\d{1,2}")
 _ORDINAL = re.compile(r"\d{1,2}(?:st|nd|rd|th)", re.IGNORECASE)  # of ribs
 _HYPHENS = frozenset("-\u2010\u2011")
+# "S-shaped", "pleural-based": what the first part makes of the noun is a description, whatever it is.
+_SHAPES = frozenset({"shaped", "like", "appearing", "sized", "based", "looking", "form"})
 _HEDGES = frozenset({"probably", "probable", "possibly", "possible", "likely", "presumably", "perhaps"})
 
 
@@ -130,6 +132,8 @@ class EntityExtractor:
                 each = [self._lexicon.find(part) for part in parts]
                 if found is None and any(_VERTEBRA.fullmatch(part) for part in parts):
                     spans.append(Span(i, end, "Anatomy", "organs", "-".join(parts).lower()))
+                elif found is None and parts[-1].lower() in _SHAPES:
+                    spans.append(Span(i, end, "Observation", "descriptors", "-".join(parts).lower()))
                 elif found is None and any(each):
                     # "left-sided" is a place, "well-defined" a description; the last part that is known decides.
                     found = [word for word in each if word is not None][-1]

@@ -80,7 +80,7 @@ class _Sentence:
         """The first rule that fits links the phrase to what stands before it."""
         follows_on = (
             self._part_of_device(phrase, head)
-            or self._more_adjectives(head, previous, between)
+            or self._more_adjectives(phrase, head, previous, between)
             or self._shared_places(phrase, previous, between)
             or self._state_of_device(head)
             or self._said_of(head, previous, between)
@@ -88,6 +88,7 @@ class _Sentence:
             or self._diagnosis(phrase, head, between)
             or self._part_of_place(phrase, head, previous)
             or self._predicate(phrase, head, between)
+            or self._further_predicate(phrase, head, previous, between)
             or self._afterthought(phrase, head, between)
         )
         if not follows_on:
@@ -112,17 +113,27 @@ class _Sentence:
         self._begin(phrase, head)
         return True
 
-    def _more_adjectives(self, head: int, previous: Phrase, between: Sequence[str]) -> bool:
+    def _more_adjectives(self, phrase: Phrase, head: int, previous: Phrase, between: Sequence[str]) -> bool:
         """`small , loculated effusion`: adjectives alone belong to the finding that they lead to."""
         adjective = previous.head
-        if adjective is None or previous.anatomy or self.r.found[adjective]:
+        if adjective is None or previous.anatomy:
+            return False
+        if self.r.word(adjective) == "upper" and list(between[:1]) in (["limits"], ["limit"]):
+            places = [at for kind, at in self.r.found[adjective] if kind == "located_at"]
+            self.r.found[adjective] = [("modify", head)]  # "upper limits of normal"
+            self.r.locate(head, places)
+            return True
+        if self.r.found[adjective]:
             return False
         if any(self.r.group(p) != "descriptors" for p in previous.members):
             return False
         if not (list(between) == ["if", "any"] or self._only(between, "joins")):
             return False
-        self.r.add("modify", adjective, head)
-        self.main, self.subject = head, Phrase([*previous.members, head], head)
+        if phrase.places and self.r.group(head) not in NOUNS:
+            self.r.locate(adjective, phrase.places)  # "tortuous and calcified aorta"
+        else:
+            self.r.add("modify", adjective, head)
+        self.main, self.subject = head, Phrase([*previous.members, head], head, phrase.places, phrase.anatomy)
         return True
 
     def _shared_places(self, phrase: Phrase, previous: Phrase, between: Sequence[str]) -> bool:
@@ -210,6 +221,16 @@ class _Sentence:
         self.subject = Phrase(phrase.members, head, about.places, about.anatomy)
         self.predicated, self.offered = True, False
         self.main = head if self.main is None else self.main
+        return True
+
+    def _further_predicate(self, phrase: Phrase, head: int, previous: Phrase, between: Sequence[str]) -> bool:
+        """`the lungs are expanded and clear`: said of the same as the predicate before."""
+        before = previous.head
+        if before is None or phrase.anatomy or not self.predicated or not self._only(between, "joins"):
+            return False
+        if self.r.group(head) in NOUNS or self.r.group(before) in NOUNS:
+            return False
+        self.r.found[head] = list(self.r.found[before])
         return True
 
     def _afterthought(self, phrase: Phrase, head: int, between: Sequence[str]) -> bool:

@@ -168,12 +168,8 @@ def _alternatives(doc: Doc, mentions: Sequence[Mention]) -> list[Mention]:
 
 def _denied_before(doc: Doc, mention: Mention) -> bool:
     """Whether a denial stands before a mention in its sentence, as in "no change in the opacity or the effusion"."""
-    for token in reversed(doc[: mention.start]):
-        if token.lower_ in _DENIALS:
-            return True
-        if token.is_sent_start:
-            return False
-    return False
+    sentence = doc[mention.start].sent.start
+    return any(token.lower_ in _DENIALS for token in doc[sentence : mention.start])
 
 
 def _overlap(first: Target, second: Target) -> bool:
