@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from medvlm_harness.labelers.assertion import ASSERTION_TERMS, AssertionEngine
 from medvlm_harness.labelers.entity_relations import link
 from medvlm_harness.labelers.lexicon import ENTITY_TERMS, Kind, lexicon
-from medvlm_harness.labelers.term_files import terms_version
+from medvlm_harness.labelers.term_files import rules_version
 from medvlm_harness.labelers.text import stretches_to_read
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class EntityExtractor:
     def __init__(self) -> None:
         self._lexicon = lexicon()
         self._engine = AssertionEngine({})
-        self.version = terms_version((ENTITY_TERMS, ASSERTION_TERMS, "sections.yaml"))
+        modules = ("entities", "entity_phrases", "entity_relations", "lexicon", "assertion", "text")
+        self.version = rules_version((ENTITY_TERMS, ASSERTION_TERMS, "sections.yaml"), modules)
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 from medvlm_harness.data.chexpert import CHEXPERT_13, CHEXPERT_14
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.labelers.assertion import ASSERTION_TERMS, AssertionEngine, Target
-from medvlm_harness.labelers.term_files import load_terms, strings, terms_version
+from medvlm_harness.labelers.term_files import load_terms, rules_version, strings
 from medvlm_harness.labelers.text import Sections, checked_sections, clean
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class RulesLabeler:
         reach = dict.fromkeys(("normal", "abnormal", "indefinite"), structures)
         self._engine = AssertionEngine(phrases, reach=reach)
         files = (MENTION_TERMS, ASSERTION_TERMS, SECTION_TERMS, *((HABIT_TERMS,) if self._habits else ()))
-        self.version = terms_version(files) + (f"-{convention}" if self._habits else "")
+        self.version = rules_version(files, ("rules", "assertion", "text")) + (f"-{convention}" if self._habits else "")
 
     def label(self, text: str) -> dict[str, int | None]:
         """The fourteen observations; see `Labeler.label`."""

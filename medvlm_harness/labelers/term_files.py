@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 
 from medvlm_harness.errors import near_matches
 
-__all__ = ["load_terms", "strings", "terms_version"]
+__all__ = ["load_terms", "rules_version", "strings"]
 
 
 def load_terms(name: str, keys: Iterable[str]) -> dict[str, Any]:
@@ -46,19 +46,26 @@ def strings(name: str, values: Any) -> tuple[str, ...]:
     return phrases
 
 
-def terms_version(names: Iterable[str]) -> str:
-    """The files' own versions, and the start of their joint sha256: a term changed without a new number shows too."""
+def rules_version(names: Iterable[str], modules: Iterable[str]) -> str:
+    """The files' own numbers, and the start of the sha256 of all that decides: a change without a new number shows too.
+
+    Args:
+        names: term files.
+        modules: modules of this package that read them.
+    """
+    names = tuple(names)
     digest = hashlib.sha256()
-    numbers = []
-    for name in names:
-        text = _text(name)
-        # Line ends may differ between checkouts; the terms do not.
+    for text in (*map(_text, names), *map(_source, modules)):
+        # Line ends may differ between checkouts; what is said does not.
         digest.update(text.replace("\r\n", "\n").encode())
-        raw: Mapping[str, Any] = yaml.safe_load(text)
-        numbers.append(str(int(raw["version"])))
-    return f"{'.'.join(numbers)}+{digest.hexdigest()[:8]}"
+    numbers = [int(yaml.safe_load(_text(name))["version"]) for name in names]
+    return f"{'.'.join(map(str, numbers))}+{digest.hexdigest()[:8]}"
 
 
 @cache
 def _text(name: str) -> str:
     return files("medvlm_harness.labelers").joinpath("terms", name).read_text(encoding="utf-8")
+
+
+def _source(module: str) -> str:
+    return files("medvlm_harness.labelers").joinpath(f"{module}.py").read_text(encoding="utf-8")

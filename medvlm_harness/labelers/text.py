@@ -110,13 +110,14 @@ def _stretches(text: str) -> Iterator[Stretch]:
         yield Stretch(0, len(text), "")
         return
     yield Stretch(0, matches[0].start(), "")
+    names = [" ".join((match["any"] or match["capitals"]).lower().split()) for match in matches]
+    no_findings = "findings" not in (heads.sections[name] for name in names)  # then they stand under another head
     limits = [match.start() for match in matches[1:]] + [len(text)]
-    for number, (match, end) in enumerate(zip(matches, limits, strict=True)):
-        head = " ".join((match["any"] or match["capitals"]).lower().split())
+    for number, (match, head, end) in enumerate(zip(matches, names, limits, strict=True)):
         section, start = heads.sections[head], match.end()
         if section == "ignored":
             last = number == len(matches) - 1
-            stop = _end_of_ignored(text, start, end, short=last or head in heads.one_statement, last=last)
+            stop = _end_of_ignored(text, start, end, short=no_findings or head in heads.one_statement, last=last)
             yield Stretch(start, stop, section)
             yield Stretch(stop, end, "")
         else:
@@ -129,7 +130,7 @@ def _end_of_ignored(text: str, start: int, end: int, *, short: bool, last: bool)
     blank = _BLANK_LINE.search(text, begin, end)
     if blank:
         return blank.start()
-    if short and (last or "\n" not in text[begin:end].strip()):
+    if last or (short and "\n" not in text[begin:end].strip()):
         sentence = _SENTENCE_END.search(text, begin, end)
         return sentence.end() if sentence else end
     return end

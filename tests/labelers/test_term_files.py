@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from medvlm_harness.labelers import term_files
-from medvlm_harness.labelers.term_files import load_terms, strings, terms_version
+from medvlm_harness.labelers.term_files import load_terms, rules_version, strings
 
 NAMES = sorted(path.name for path in files("medvlm_harness.labelers").joinpath("terms").iterdir())
 
@@ -53,13 +53,21 @@ def test_a_list_of_phrases_holds_distinct_strings(values: object) -> None:
     assert strings("a.yaml", ["A  b", "c"]) == ("a b", "c")
 
 
-def test_the_version_changes_with_a_term_and_with_the_number_and_not_with_line_ends(written: dict[str, str]) -> None:
+def test_the_version_changes_with_a_term_a_number_and_the_code_and_not_with_line_ends(
+    written: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = {"reader": "x = 1\n"}
+    monkeypatch.setattr(term_files, "_source", code.__getitem__)
     written["a.yaml"] = "version: 1\nwords: [a]\n"
-    first = terms_version(["a.yaml"])
-    assert first.startswith("1+")
+    seen = [rules_version(["a.yaml"], ["reader"])]
+    assert seen[0].startswith("1+")
     written["a.yaml"] = "version: 1\r\nwords: [a]\r\n"
-    assert terms_version(["a.yaml"]) == first
+    assert rules_version(["a.yaml"], ["reader"]) == seen[0]
     written["a.yaml"] = "version: 1\nwords: [b]\n"
-    assert terms_version(["a.yaml"]) not in ("", first)
-    written["a.yaml"] = "version: 2\nwords: [a]\n"
-    assert terms_version(["a.yaml"]).startswith("2+")
+    seen.append(rules_version(["a.yaml"], ["reader"]))
+    code["reader"] = "x = 2\n"
+    seen.append(rules_version(["a.yaml"], ["reader"]))
+    written["a.yaml"] = "version: 2\nwords: [b]\n"
+    seen.append(rules_version(["a.yaml"], ["reader"]))
+    assert len(set(seen)) == 4
+    assert seen[-1].startswith("2+")

@@ -22,6 +22,8 @@ def read(text: str, sections: str = "both") -> list[str]:
         ("INDICATION: Cough.\n\nThe lungs are clear.", ["The lungs are clear."]),
         ("INDICATION:\n\nCough and fever.\n\nFINDINGS: Clear.", ["Clear."]),
         ("HISTORY: fall. The lungs are clear.", ["The lungs are clear."]),
+        ("HISTORY: fall. The lungs are clear. IMPRESSION: Normal.", ["The lungs are clear.", "Normal."]),
+        ("HISTORY: fall. Known effusion. FINDINGS: Clear. IMPRESSION: Normal.", ["Clear.", "Normal."]),
         ("COMPARISON: None. The lungs are clear. IMPRESSION: Normal.", ["The lungs are clear.", "Normal."]),
         ("Clinical History: Effusion.\nReason for exam: Effusion.\nIMPRESSION: Normal.", ["Normal."]),
         ("Bones: no fracture. Heart: normal.", ["Bones: no fracture. Heart: normal."]),
