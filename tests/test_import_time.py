@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "numpy", "transformers", "open_clip", "scipy", "sklearn", "PIL", "yaml", "typer", "lm_eval")
+HEAVY = ("torch", "numpy", "transformers", "open_clip", "scipy", "sklearn", "PIL", "yaml", "typer", "lm_eval", "spacy")
 
 
 def imported_by(code: str) -> set[str]:

@@ -8,7 +8,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from medvlm_harness.cli import data, listing, run, store
+from medvlm_harness.cli import data, label, listing, run, store
 from medvlm_harness.errors import UserError
 
 __all__ = ["main"]
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(run.app)
 app.add_typer(listing.app)
 app.add_typer(data.app, name="data")
+app.add_typer(label.app)
 app.add_typer(store.app, name="store")
 
 

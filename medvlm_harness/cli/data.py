@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medvlm_harness.cli.output import print_table
 from medvlm_harness.errors import UserError, near_matches
+
+if TYPE_CHECKING:
+    from medvlm_harness.labelers.base import Labeler
 
 __all__ = ["DATASETS", "app"]
 
@@ -25,7 +28,11 @@ def prepare(
     name: Annotated[str, typer.Argument(help="Data set: iu_cxr or demo_cxr.")],
     source: Annotated[Path | None, typer.Option(help="Folder as downloaded; its layout is detected.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Table of labels, keyed by filename or uid.")
+        list[str] | None,
+        typer.Option(
+            help="Table of labels, keyed by filename or uid; or a labeler that reads the reports: rules, "
+            "rules,sections=findings. Repeatable."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the prepared set.")] = None,
     split_scheme: Annotated[
@@ -49,14 +56,16 @@ def prepare(
         raise UserError(f"Expected --source DIR, the folder of {name} as downloaded.")
     from medvlm_harness.data.prepare import prepare_iu_cxr
 
+    table, labelers = _label_sources(labels or [])
     columns = (TextColumn("checking images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("images", total=None)
         report = prepare_iu_cxr(
             source,
-            labels=labels,
+            labels=table,
             out=folder,
+            labelers=labelers,
             split_scheme=split_scheme,  # type: ignore[arg-type]  # checked there, with near matches
             layout=layout,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
@@ -111,6 +120,25 @@ def info(
 def _known_dataset(name: str) -> None:
     if name not in DATASETS:
         raise UserError(f"Unknown data set {name!r}.{near_matches(name, DATASETS)}")
+
+
+def _label_sources(labels: list[str]) -> tuple[Path | None, list[Labeler]]:
+    """What --labels names: at most one table, and labelers; a file wins over a labeler of its name."""
+    from medvlm_harness.labelers.base import LABELERS, labeler_from_text
+
+    tables, labelers = [], []
+    for text in labels:
+        path = Path(text).expanduser()
+        if path.is_file():
+            tables.append(path)
+        elif text.partition(",")[0].strip() in LABELERS:
+            labelers.append(labeler_from_text(text))
+        else:
+            known = ", ".join(LABELERS)
+            raise UserError(f"Expected --labels to be a table or a labeler ({known}), but {text} is neither.")
+    if len(tables) > 1:
+        raise UserError(f"Expected one table of labels, but got {' and '.join(map(str, tables))}.")
+    return (tables[0] if tables else None), labelers
 
 
 def _print_report(report: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from medvlm_harness.data.sources.base import RawImage, RawStudy, Reading, ReadLo
 from medvlm_harness.data.sources.detect import detect
 from medvlm_harness.data.splits import SPLIT_SCHEMES, SPLITS, SplitScheme, assign_split
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.labelers.base import Labeler, compose_report
 
 __all__ = ["IU_CXR_LICENCE", "LOG_FILE", "PrepareReport", "Progress", "prepare_iu_cxr", "prepare_reading"]
 
@@ -31,6 +32,7 @@ IU_CXR_LICENCE = "CC BY-NC-ND 4.0"
 DECODE_THREADS = 2
 LOG_FILE = "read_log.csv"
 VIEW_UNKNOWN = "view_unknown"
+_READ = {"both": "findings and impression", "findings": "the findings alone", "impression": "the impression alone"}
 Progress = Callable[[int, int], None]
 """Called with the number of images checked so far and their total."""
 
@@ -55,6 +57,7 @@ def prepare_iu_cxr(
     *,
     labels: Path | None,
     out: Path,
+    labelers: Sequence[Labeler] = (),
     split_scheme: SplitScheme = "r2gen",
     layout: str | None = None,
     progress: Progress | None = None,
@@ -65,6 +68,7 @@ def prepare_iu_cxr(
         source: the folder as downloaded; images stay there.
         labels: table of a labeler's output on the findings (see `read_label_table`); None for MeSH labels alone.
         out: folder of the prepared set; one that is there is replaced.
+        labelers: read each report; their labels become sources under their names.
         split_scheme: "r2gen" or "hash" (see `assign_split`).
         layout: read the folder as this layout; None to detect it.
         progress: called after each checked image.
@@ -75,8 +79,8 @@ def prepare_iu_cxr(
     log = ReadLog()
     source = source.expanduser().resolve()
     reading = detect(source, layout=layout, log=log).read(source, log)
-    return prepare_reading(reading, log, name="iu_cxr", labels=labels, out=out, split_scheme=split_scheme,
-                           progress=progress)  # fmt: skip
+    return prepare_reading(reading, log, name="iu_cxr", labels=labels, out=out, labelers=labelers,
+                           split_scheme=split_scheme, progress=progress)  # fmt: skip
 
 
 def prepare_reading(
@@ -86,6 +90,7 @@ def prepare_reading(
     name: str,
     labels: Path | None,
     out: Path,
+    labelers: Sequence[Labeler] = (),
     split_scheme: SplitScheme = "r2gen",
     licence: str = IU_CXR_LICENCE,
     progress: Progress | None = None,
@@ -99,10 +104,13 @@ def prepare_reading(
         raise UserError(
             f"Expected a split scheme, but got {split_scheme!r}.{near_matches(split_scheme, SPLIT_SCHEMES)}"
         )
+    _refuse_name_clashes(labelers)
     table = read_label_table(labels, log) if labels is not None else None
     inspected = _inspect_all(reading, log, progress)
     studies = [
-        study for raw in reading.studies if (study := _study(raw, inspected, table, split_scheme, log)) is not None
+        study
+        for raw in reading.studies
+        if (study := _study(raw, inspected, table, labelers, split_scheme, log)) is not None
     ]
     if not studies:
         raise UserError(f"Expected studies in {reading.image_root}, but none is left: {_summary(log.dropped)}.")
@@ -125,7 +133,7 @@ def prepare_reading(
             "split_scheme": split_scheme,
             "aspect": _aspect(sizes),
             "images": f"PNG or JPEG, at most {MAX_PIXELS} pixels, decoded once when prepared",
-            **{f"labels_{source}": _label_policies()[source] for source in sources},
+            **{f"labels_{source}": policy for source, policy in _label_policies(labelers).items() if source in sources},
             **reading.policies,
         },
         resolutions=dict(sizes.most_common()),
@@ -173,6 +181,7 @@ def _study(
     raw: RawStudy,
     inspected: Mapping[str, ImageInfo],
     table: LabelTable | None,
+    labelers: Sequence[Labeler],
     split_scheme: SplitScheme,
     log: ReadLog,
 ) -> Study | None:
@@ -190,6 +199,9 @@ def _study(
     # The labeler read the findings alone: without any, its blanks mean "nothing to read", not "not mentioned".
     if table is not None and raw.findings and raw.uid in table.labels:
         labels[LABELER_SOURCE] = table.labels[raw.uid]
+    for labeler in labelers:
+        if text := compose_report(raw.findings, raw.impression, labeler.sections):
+            labels[labeler.name] = labeler.label(text)
     coded = mesh_labels(raw.mesh)
     if coded is not None:
         labels[MESH_SOURCE] = coded
@@ -271,9 +283,17 @@ def _aspect(sizes: Mapping[str, int]) -> str:
     return "as found"
 
 
-def _label_policies() -> dict[str, str]:
+def _refuse_name_clashes(labelers: Sequence[Labeler]) -> None:
+    names = [LABELER_SOURCE, MESH_SOURCE, *(labeler.name for labeler in labelers)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"Expected each source of labels once, but got {', '.join(twice)} twice.")
+
+
+def _label_policies(labelers: Sequence[Labeler]) -> dict[str, str]:
+    """Source of labels -> what it read, and by which rules."""
     return {
         LABELER_SOURCE: "a labeler's output on the findings alone; studies without findings are unlabelled",
+        **{labeler.name: f"version {labeler.version} on {_READ[labeler.sections]}" for labeler in labelers},
         MESH_SOURCE: f"mesh_chexpert.yaml version {mesh_rule_version()}; studies nobody coded are unlabelled",
     }
 
@@ -291,7 +311,7 @@ def _warnings(manifest: Manifest, log: ReadLog) -> tuple[str, ...]:
     for name in log.noted.get("other_layout_not_read", []):
         warnings.append(f"Two layouts lie in the folder; not read: {name}.")
     if not manifest.label_sources:
-        warnings.append("No labels: give a table with --labels.")
+        warnings.append("No labels: give --labels a table, or rules to have the reports read.")
     return tuple(warnings)
 
 

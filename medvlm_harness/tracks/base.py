@@ -29,7 +29,7 @@ __all__ = ["MedicalTask", "Metric", "Row"]
 _log = logging.getLogger("lm_eval.medvlm")
 
 COMMON_KEYS = frozenset({"dataset", "hub", "aliases", "split", "label_source"})
-LABEL_SOURCE_ORDER = ("chexpert_labeler", "rules", "template", "mesh")
+LABEL_SOURCE_ORDER = ("chexpert_labeler", "chexbert", "rules", "template", "mesh")
 STAND_IN = "stand_in"  # marks the document of a process that has none of its own
 
 

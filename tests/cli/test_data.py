@@ -40,6 +40,39 @@ def test_a_table_of_labels_that_is_not_there_is_named(medvlm: Callable[..., Any]
     assert "nowhere.csv" in outcome.error
 
 
+def test_labels_may_come_from_a_table_and_from_a_labeler(
+    medvlm: Callable[..., Any], kaggle_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.csv").write_text("uid,edema\n1,0\n")
+    prepare = ("data", "prepare", "iu_cxr", "--source", kaggle_folder, "--out", tmp_path / "set" / "iu_cxr")
+    assert medvlm(*prepare, "--labels", tmp_path / "labels.csv", "--labels", "rules,sections=findings").status == 0
+    printed = medvlm("data", "info", "iu_cxr", "--data-dir", tmp_path / "set").out
+    assert "labels_rules: version " in printed
+    assert "on the findings alone" in printed
+    assert "chexpert_labeler / rules" in printed
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("nowhere.csv",), "to be a table or a labeler (rules, chexbert), but nowhere.csv is neither"),
+        (("rule",), "but rule is neither"),
+        (("rules,section=both",), "Did you mean sections?"),
+        (("rules", "rules"), "got rules twice"),
+        (("a.csv", "b.csv"), "Expected one table of labels, but got a.csv and b.csv"),
+    ],
+)
+def test_labels_that_are_none_are_named(
+    medvlm: Callable[..., Any], kaggle_folder: Path, labels: tuple[str, ...], expected: str
+) -> None:
+    for name in ("a.csv", "b.csv"):
+        Path(name).write_text("uid,edema\n1,0\n")
+    options = [part for value in labels for part in ("--labels", value)]
+    outcome = medvlm("data", "prepare", "iu_cxr", "--source", kaggle_folder, *options)
+    assert outcome.status == 2
+    assert expected in outcome.error
+
+
 def test_info_shows_what_was_prepared(medvlm: Callable[..., Any], kaggle_folder: Path, tmp_path: Path) -> None:
     prepared = medvlm("data", "prepare", "iu_cxr", "--source", kaggle_folder, "--split_scheme", "hash")
     assert prepared.status == 0

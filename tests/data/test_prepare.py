@@ -11,6 +11,7 @@ import pytest
 from medvlm_harness.data.prepare import PrepareReport, prepare_iu_cxr
 from medvlm_harness.data.records import Dataset, read_dataset
 from medvlm_harness.errors import UserError
+from medvlm_harness.labelers import make_labeler
 
 
 def test_a_faultless_copy_is_kept_whole(kaggle_folder: Path, tmp_path: Path) -> None:
@@ -62,6 +63,35 @@ def test_the_labeler_is_silent_where_it_had_nothing_to_read(kaggle_folder: Path,
     assert "chexpert_labeler" not in studies["2"].labels
     assert studies["2"].labels == {}
     assert report.noted["mesh_not_indexed"] == ("2",)
+
+
+def test_a_labelers_reading_is_a_source_with_its_version(kaggle_folder: Path, tmp_path: Path) -> None:
+    labeler = make_labeler("rules")
+    report = prepare_iu_cxr(kaggle_folder, labels=None, labelers=[labeler], out=tmp_path / "out")
+    dataset = read_dataset(report.folder)
+    studies = {study.study_id: study for study in dataset.studies}
+    assert dataset.manifest.label_sources == ("mesh", "rules")
+    assert dataset.manifest.policies["labels_rules"] == f"version {labeler.version} on findings and impression"
+    assert studies["1"].labels["rules"] == labeler.label(
+        "FINDINGS: the lungs are clear\n\nIMPRESSION: no acute disease"
+    )
+    assert studies["1"].labels["rules"]["No Finding"] == 1
+    assert studies["2"].labels.keys() == {"rules"}  # an impression alone is read too
+
+
+def test_a_labeler_of_one_section_is_silent_where_that_section_is_missing(kaggle_folder: Path, tmp_path: Path) -> None:
+    labeler = make_labeler("rules", sections="findings")
+    report = prepare_iu_cxr(kaggle_folder, labels=None, labelers=[labeler], out=tmp_path / "out")
+    dataset = read_dataset(report.folder)
+    read = {study.study_id for study in dataset.studies if "rules" in study.labels}
+    assert read == {study.study_id for study in dataset.studies if study.findings} == {"1", "4"}
+    assert dataset.manifest.policies["labels_rules"].endswith("on the findings alone")
+
+
+def test_one_source_of_labels_twice_is_refused(kaggle_folder: Path, tmp_path: Path) -> None:
+    labelers = [make_labeler("rules"), make_labeler("rules", sections="findings")]
+    with pytest.raises(UserError, match="each source of labels once, but got rules twice"):
+        prepare_iu_cxr(kaggle_folder, labels=None, labelers=labelers, out=tmp_path / "out")
 
 
 def test_unreadable_images_are_named_and_their_study_kept(kaggle_folder: Path, tmp_path: Path) -> None:
