@@ -2,10 +2,12 @@
 
 lm-eval calls `getattr(lm, request_type)(instances)`. Beside its own `loglikelihood` and `generate_until` there are
 
-| request type | arguments                         | response                                    |
-|--------------|-----------------------------------|---------------------------------------------|
-| `embed`      | one `ImageRef` or one `TextRef`   | `Embedding`: float32, unit length, (d,)     |
-| `classify`   | one `ImageRef`, and a `LabelSet`  | `LabelScores`: margin (L,), probability (L,) |
+| request type | arguments                                         | response                                     |
+|--------------|---------------------------------------------------|----------------------------------------------|
+| `embed`      | one `ImageRef` or one `TextRef`                   | `Embedding`: float32, unit length, (d,)      |
+| `classify`   | one `ImageRef` or one `TextRef`, and a `LabelSet` | `LabelScores`: margin (L,), probability (L,) |
+
+Our backends answer `generate_until` with a `Generation`, a string that says whether the model came to an end.
 
 References are strings (content hashes) with the path or the text beside them, so that logged samples hold ids, scores
 and hashes, and neither pixels, texts nor vectors.
@@ -25,9 +27,17 @@ from numpy.typing import NDArray
 
 from medvlm_harness.errors import UserError, near_matches
 
-__all__ = ["Capability", "Embedding", "ImageRef", "Label", "LabelScores", "LabelSet", "TextRef"]
+__all__ = ["Capability", "Embedding", "Generation", "ImageRef", "Label", "LabelScores", "LabelSet", "TextRef"]
 
-Capability = Literal["classify:image", "embed:image", "embed:text", "generate_until", "loglikelihood"]
+Capability = Literal[
+    "classify:image",
+    "classify:text",
+    "embed:image",
+    "embed:text",
+    "generate_until",
+    "loglikelihood",
+    "loglikelihood_rolling",
+]
 """What a backend can do: a request type, and the kind of input where that matters."""
 
 
@@ -91,8 +101,27 @@ class Embedding:
         return cls(vector, None if stored[0] == 0 else stored[0] == 2)
 
 
+class Generation(str):
+    """A generated text; `finished` is False where the longest allowed length ended it, not the model or a stop string.
+
+    Stock backends answer with plain strings, which do not say it: use `getattr(response, "finished", None)`.
+    """
+
+    __slots__ = ("finished",)
+    finished: bool
+
+    def __new__(cls, text: str, finished: bool) -> Generation:
+        """The text as the string, and whether it came to an end beside it."""
+        generation = super().__new__(cls, text)
+        generation.finished = finished
+        return generation
+
+    def __reduce__(self) -> tuple[type[Generation], tuple[str, bool]]:
+        return Generation, (str(self), self.finished)
+
+
 class LabelScores(NamedTuple):
-    """Scores of one image for each label of a set, in its order.
+    """Scores of one image or text for each label of a set, in its order.
 
     Margins rank, on any scale. Probabilities are in [0, 1], on the scale that the model's card names; those of a
     multiclass set sum to 1.

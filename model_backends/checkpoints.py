@@ -9,7 +9,14 @@ from typing import Any
 
 from medvlm_harness.errors import UserError
 
-__all__ = ["OPEN_CLIP_CONFIG", "Checkpoint", "open_clip_folder", "transformers_folder"]
+__all__ = [
+    "OPEN_CLIP_CONFIG",
+    "Checkpoint",
+    "gguf_checkpoint",
+    "hub_folder",
+    "open_clip_folder",
+    "transformers_folder",
+]
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # The names that open_clip looks for, in its order (open_clip 3, factory.py).
@@ -64,6 +71,47 @@ def transformers_folder(folder: Path) -> Checkpoint:
     if not weights:
         raise UserError(f"{folder} has config.json but no weights (*.safetensors or *.bin).")
     return Checkpoint(weights, _files(folder, _SETTING_SUFFIXES))
+
+
+def gguf_checkpoint(folder: Path, name: str) -> Checkpoint:
+    """A GGUF file, which holds configuration and tokenizer as well.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    path = folder / name
+    if not path.is_file():
+        there = ", ".join(sorted(one.name for one in folder.glob("*.gguf"))) or "none"
+        raise UserError(f"Expected gguf_file to name a file in {folder} (it holds {there}), but got {name!r}.")
+    return Checkpoint((path,))
+
+
+def hub_folder(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Path:
+    """A model on the Hub as a local folder: downloaded once, afterwards read from huggingface_hub's cache.
+
+    Only the files of the top folder that transformers reads: no other formats, and no Python.
+
+    Raises:
+        UserError: if there is none of that name, or the Hub cannot be reached and the cache has none.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    settings = [f"*{suffix}" for suffix in _SETTING_SUFFIXES]
+    options: dict[str, Any] = {"revision": revision, "ignore_patterns": ["*/*"]}
+    try:
+        if gguf_file is not None:
+            return Path(snapshot_download(name, allow_patterns=[gguf_file], **options))
+        folder = Path(snapshot_download(name, allow_patterns=[*settings, "*.safetensors"], **options))
+        if not _files(folder, (".safetensors",)):
+            folder = Path(snapshot_download(name, allow_patterns=[*settings, "*.bin"], **options))
+    except (OSError, HFValidationError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"There is no folder {name} here, and it cannot be fetched from the Hub: {line} "
+            "Name a local folder by pretrained=DIR."
+        ) from error
+    return folder
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
