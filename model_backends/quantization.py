@@ -6,7 +6,9 @@
 | `nf4`          | bitsandbytes | 4-bit normal float      | in the precision of the run  |
 | `int8-dynamic` | torchao      | int8 per row            | int8, scaled for each token  |
 
-Output embeddings stay as they are in all of them.
+Output embeddings stay as they are in all of them. Where activations are rounded, an item is computed alone: int8 of
+bitsandbytes keeps those columns in fp16 that have an outlier in any item of a batch (LLM.int8, arXiv 2208.07339), and
+what differs by 1e-7 with padding may be rounded to another integer.
 """
 
 from __future__ import annotations
@@ -32,9 +34,7 @@ class Quantization:
     name: str
     library: str  # as it is imported, and as pip knows it
     install: str  # what to type where it is missing
-    # What the other items of a batch are decides which columns of the activations are kept in fp16 (LLM.int8, arXiv
-    # 2208.07339): an item is then computed alone, so that its answer is its own.
-    alone: bool = False
+    alone: bool = False  # one item at a time, so that its answer is its own
 
     def identity(self) -> dict[str, str]:
         """What decides answers: the way and the library's version."""
@@ -46,7 +46,7 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
     for way in (
         Quantization("int8", "bitsandbytes", "pip install bitsandbytes", alone=True),
         Quantization("nf4", "bitsandbytes", "pip install bitsandbytes"),
-        Quantization("int8-dynamic", "torchao", "pip install 'medvlm-harness[torchao]'"),
+        Quantization("int8-dynamic", "torchao", "pip install 'medvlm-harness[torchao]'", alone=True),
     )
 }
 
@@ -86,7 +86,15 @@ def loading_options(way: Quantization | None, dtype: torch.dtype, device: torch.
 
 
 def quantize_loaded(way: Quantization | None, model: torch.nn.Module) -> None:
-    """Round a loaded model's linear layers in place, for the ways that do it afterwards."""
+    """Round a loaded model's linear layers in place, for the ways that do it afterwards.
+
+    Of nf4 only the kernel is chosen: on CPUs with bf16 bitsandbytes takes one that rounds the scales to bf16 as well,
+    and that cannot do every shape. Without it a machine of one kind answers as one of another.
+    """
+    if way is not None and way.name == "nf4":
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # torch's types know no such one
     if way is None or way.library != "torchao":
         return
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_

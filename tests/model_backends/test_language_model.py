@@ -267,7 +267,7 @@ def test_images_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -
 def test_an_encoder_is_refused_and_not_scored_as_if_it_were_causal(
     tiny_model: Callable[[str], Path], kind: str
 ) -> None:
-    with pytest.raises(UserError, match="is an encoder .* use --model medvlm-text-encoder"):
+    with pytest.raises(UserError, match=r"is an encoder .* use --model medvlm-text-encoder"):
         ours(tiny_model(kind))
 
 
