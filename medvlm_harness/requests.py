@@ -108,15 +108,15 @@ class Generation(str):
     """
 
     __slots__ = ("finished",)
-    finished: bool
+    finished: bool | None
 
-    def __new__(cls, text: str, finished: bool) -> Generation:
-        """The text as the string, and whether it came to an end beside it."""
+    def __new__(cls, text: str, finished: bool | None = None) -> Generation:
+        """The text as the string, and whether it came to an end beside it; lm-eval casts references to this type."""
         generation = super().__new__(cls, text)
         generation.finished = finished
         return generation
 
-    def __reduce__(self) -> tuple[type[Generation], tuple[str, bool]]:
+    def __reduce__(self) -> tuple[type[Generation], tuple[str, bool | None]]:
         return Generation, (str(self), self.finished)
 
 
