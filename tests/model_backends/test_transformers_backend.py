@@ -385,3 +385,58 @@ def test_a_broken_gguf_file_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot load the configuration of .*tiny\.gguf") as error:
         ours(tmp_path / "tiny.gguf")
     assert "\n" not in str(error.value)
+
+
+def test_a_gguf_file_answers_as_the_folder_that_it_was_made_from(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, path = tiny_model("llama"), tmp_path / "tiny.gguf"
+    write_gguf(folder, path)
+    named, in_folder = ours(path), ours(tmp_path, gguf_file=path.name)
+    assert (named.precision, named.precision_asked) == ("fp32", "checkpoint")
+    assert named.card.name == "tiny"
+    assert scores(named) == pytest.approx(scores(ours(folder)), rel=1e-5)
+    assert scores(named) == scores(in_folder)
+    assert list(named.weights) == ["tiny.gguf"]
+    with pytest.raises(UserError, match=r"quantization=nf4 cannot be used with a GGUF file"):
+        ours(path, quantization="nf4")
+
+
+def write_gguf(folder: Path, path: Path) -> None:
+    """A Llama folder as llama.cpp's converter writes it: unrounded, query and key rows in its own order."""
+    gguf: Any = pytest.importorskip("gguf")
+    config = json.loads((folder / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<") and token.endswith(">") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(True)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stem, _, suffix = name.rpartition(".")
+        for part, n in (("q_proj", heads), ("k_proj", kv_heads)):
+            if stem.endswith(part):
+                tensor = tensor.view(n, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
