@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+from safetensors import SafetensorError
 
 from medvlm_harness.errors import UserError
 
@@ -15,6 +18,7 @@ __all__ = [
     "gguf_checkpoint",
     "hub_folder",
     "open_clip_folder",
+    "tensor_names",
     "transformers_folder",
 ]
 
@@ -112,6 +116,31 @@ def hub_folder(name: str, *, revision: str | None = None, gguf_file: str | None 
             "Name a local folder by pretrained=DIR."
         ) from error
     return folder
+
+
+def tensor_names(weights: Sequence[Path]) -> set[str]:
+    """The names of all tensors in the files, without reading any.
+
+    Raises:
+        UserError: if a file is not what it is called.
+    """
+    names: set[str] = set()
+    for path in weights:
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(path, framework="pt") as file:
+                    names |= set(file.keys())
+            else:
+                import torch
+
+                state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+                names |= set(state) if isinstance(state, Mapping) else set()
+        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} cannot be read as weights: {line}") from error
+    return names
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:

@@ -17,6 +17,7 @@ from transformers import StoppingCriteriaList
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.sequences import (
+    Padded,
     Prompt,
     Scored,
     StopStrings,
@@ -79,11 +80,14 @@ class Decoder:
         seq2seq: an encoder-decoder: contexts go into the encoder, continuations into the decoder.
         device: where the model is.
         stack: what goes into the model beside the tokens of a batch of prompts.
+        limit: the longest input in tokens; an encoder's positions end there.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, *, seq2seq: bool, device: torch.device, stack: Stack) -> None:
+    def __init__(
+        self, network: Any, tokenizer: Any, *, seq2seq: bool, device: torch.device, stack: Stack, limit: int
+    ) -> None:
         self.network, self.tokenizer, self.seq2seq = network, tokenizer, seq2seq
-        self.device, self.stack = device, stack
+        self.device, self.stack, self._limit = device, stack, limit
         base = network.get_base_model() if hasattr(network, "get_base_model") else network
         self._accepted = frozenset(inspect.signature(base.forward).parameters)
         # A token for masked places. Its value decides nothing, but it must be one of the model's own.
@@ -99,8 +103,8 @@ class Decoder:
         """Log-likelihood of each continuation in nats, and whether it is what greedy decoding gives."""
         prompts = [item.prompt for item in items]
         if self.seq2seq:
-            context = pad([prompt.ids for prompt in prompts], filler=self._filler, side="right")
-            labels = pad([item.ids for item in items], filler=self._filler, side="right")
+            context = self._encoder_batch(prompts)
+            labels = pad([item.ids for item in items], filler=self._filler, side="right", limit=self._limit)
             given = {"input_ids": context.ids, "attention_mask": context.mask, "labels": labels.ids}
             logits = self._forward(given, prompts)
             return [continuation_score(logits[row, : len(item.ids)], item.ids) for row, item in enumerate(items)]
@@ -121,7 +125,7 @@ class Decoder:
             UserError: for an option of decoding that transformers refuses.
         """
         rows = [prompt.ids for prompt in prompts]
-        batch = pad(rows, filler=self._filler, side="right" if self.seq2seq else "left")
+        batch = self._encoder_batch(prompts) if self.seq2seq else pad(rows, filler=self._filler, side="left")
         # The texts of an encoder-decoder start after one token, whatever the context; those of a causal model after it.
         start = 1 if self.seq2seq else batch.ids.shape[1]
         end = self.tokenizer.eos_token_id
@@ -146,12 +150,19 @@ class Decoder:
     @torch.inference_mode()
     def fill_cache(self, prompts: Sequence[Prompt], decoding: Decoding) -> None:
         """Take as much memory as `generate` does at its end, in one forward pass."""
-        extra = () if self.seq2seq else (self._filler,) * decoding.max_new_tokens
-        batch = pad([(*prompt.ids, *extra) for prompt in prompts], filler=self._filler, side="left")
-        given = {"input_ids": batch.ids, "attention_mask": batch.mask}
+        extra = (self._filler,) * decoding.max_new_tokens
         if self.seq2seq:
-            given["decoder_input_ids"] = torch.full((len(prompts), decoding.max_new_tokens), self._filler)
-        self._forward(given, prompts, use_cache=True, **({} if self.seq2seq else self._last(1)))
+            batch = self._encoder_batch(prompts)
+            written = {"decoder_input_ids": torch.tensor([extra] * len(prompts))}
+            self._forward({"input_ids": batch.ids, "attention_mask": batch.mask, **written}, prompts, use_cache=True)
+        else:
+            batch = pad([(*prompt.ids, *extra) for prompt in prompts], filler=self._filler, side="left")
+            given = {"input_ids": batch.ids, "attention_mask": batch.mask}
+            self._forward(given, prompts, use_cache=True, **self._last(1))
+
+    def _encoder_batch(self, prompts: Sequence[Prompt]) -> Padded:
+        """Padded on the right, where no position moves."""
+        return pad([prompt.ids for prompt in prompts], filler=self._filler, side="right", limit=self._limit)
 
     def _last(self, tokens: int) -> dict[str, int]:
         """Make logits of the last tokens alone, where the model can."""

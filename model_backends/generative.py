@@ -228,7 +228,14 @@ class GenerativeBackend(TransformersBackend):
     def decoder(self) -> Decoder:
         """The loaded model."""
         self.ensure_loaded()
-        return Decoder(self.model, self.tokenizer, seq2seq=self.is_seq2seq, device=self._device, stack=self.stack)
+        return Decoder(
+            self.model,
+            self.tokenizer,
+            seq2seq=self.is_seq2seq,
+            device=self._device,
+            stack=self.stack,
+            limit=self.max_length,
+        )
 
     def _scores(self, items: Mapping[Item, Scored]) -> Iterator[dict[Item, tuple[float, bool]]]:
         """Log-likelihoods, slot by slot, the longest first: memory runs out at once, or not at all."""

@@ -47,9 +47,17 @@ class Padded(NamedTuple):
     positions: torch.Tensor
 
 
-def pad(rows: Sequence[Sequence[int]], *, filler: int, side: Literal["left", "right"]) -> Padded:
-    """Pad to a multiple of `LENGTH_STEP` that holds the longest row; masked tokens have position 0."""
-    length = math.ceil(max(map(len, rows)) / LENGTH_STEP) * LENGTH_STEP
+def pad(
+    rows: Sequence[Sequence[int]], *, filler: int, side: Literal["left", "right"], limit: int | None = None
+) -> Padded:
+    """Pad to a multiple of `LENGTH_STEP` that holds the longest row, or to `limit`, and never below the longest row.
+
+    Masked tokens on the left have position 0, those on the right that of the last token. A model that counts positions
+    itself, from the left end and whatever the mask, has no more than `limit` of them.
+    """
+    longest = max(map(len, rows))
+    rounded = math.ceil(longest / LENGTH_STEP) * LENGTH_STEP
+    length = max(longest, rounded if limit is None else min(rounded, limit))
     ids = torch.full((len(rows), length), filler, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     for row, tokens in enumerate(rows):

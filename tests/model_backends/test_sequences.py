@@ -35,6 +35,12 @@ def test_a_padded_row_is_its_tokens_masked_and_counted_from_zero(side: Any) -> N
         assert bool(mask[-1 if side == "left" else 0])
 
 
+def test_no_row_is_padded_beyond_the_last_position() -> None:
+    assert pad([[1] * 10, [2]], filler=0, side="right", limit=11).ids.shape == (2, 11)
+    assert pad([[1] * 10, [2]], filler=0, side="right", limit=9).ids.shape == (2, 10)
+    assert pad([[1] * 10, [2]], filler=0, side="right").ids.shape == (2, 16)
+
+
 def test_a_continuation_is_scored_as_the_sum_of_its_log_probabilities() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
     by_hand = 0.0
