@@ -19,6 +19,7 @@ __all__ = [
     "hub_folder",
     "open_clip_folder",
     "tensor_names",
+    "tensor_shapes",
     "transformers_folder",
 ]
 
@@ -133,14 +134,23 @@ def tensor_names(weights: Sequence[Path]) -> set[str]:
                 with safe_open(path, framework="pt") as file:
                     names |= set(file.keys())
             else:
-                import torch
-
-                state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-                names |= set(state) if isinstance(state, Mapping) else set()
+                names |= set(tensor_shapes(path))
         except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path} cannot be read as weights: {line}") from error
     return names
+
+
+def tensor_shapes(path: Path) -> dict[str, Any]:
+    """The tensors of a .bin file by name, without their numbers (on torch's device `meta`)."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except RuntimeError:  # torch's format before 1.6, which the first BERTs are in, cannot be mapped
+        state = torch.load(path, map_location="meta", weights_only=True)
+    named = state if isinstance(state, Mapping) else {}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:

@@ -19,7 +19,13 @@ from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.adapters import find_adapter
 from medvlm_harness.model_backends.batching import BatchSize
 from medvlm_harness.model_backends.cards import Source, card_beside
-from medvlm_harness.model_backends.checkpoints import Checkpoint, gguf_checkpoint, hub_folder, transformers_folder
+from medvlm_harness.model_backends.checkpoints import (
+    Checkpoint,
+    gguf_checkpoint,
+    hub_folder,
+    tensor_shapes,
+    transformers_folder,
+)
 from medvlm_harness.model_backends.precision import PRECISIONS, choose_precision
 from medvlm_harness.model_backends.quantization import find_quantization, loading_options, quantize_loaded
 from medvlm_harness.model_backends.torch_backend import TorchBackend
@@ -282,8 +288,7 @@ def _unpacked() -> dict[str, Any]:
 def _first_dtype(weights: Path) -> torch.dtype | None:
     """The type of the first floating tensor, without reading any."""
     if weights.suffix != ".safetensors":
-        state = torch.load(weights, map_location="meta", mmap=True, weights_only=True)
-        found = (value.dtype for value in state.values() if isinstance(value, torch.Tensor))
+        found = (value.dtype for value in tensor_shapes(weights).values())
         return next((dtype for dtype in found if dtype.is_floating_point), None)
     from safetensors import safe_open
 

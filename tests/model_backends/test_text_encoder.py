@@ -335,6 +335,20 @@ def test_heads_for_other_tasks_are_left_aside(
     assert "4 tensors of other heads are not used" in caplog.text
 
 
+def test_the_first_berts_files_are_read(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """torch's format before 1.6, with the parameters of LayerNorm named as in TensorFlow."""
+    folder = tmp_path / "old"
+    shutil.copytree(tiny_model("bert"), folder)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, name in old.items():
+        state = {key.replace(new, name): value for key, value in state.items()}
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert scores(ours(folder), PAIRS) == scores(ours(tiny_model("bert")), PAIRS)
+    assert ours(folder, precision="checkpoint").precision == "fp32"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
