@@ -27,7 +27,17 @@ from numpy.typing import NDArray
 
 from medvlm_harness.errors import UserError, near_matches
 
-__all__ = ["Capability", "Embedding", "Generation", "ImageRef", "Label", "LabelScores", "LabelSet", "TextRef"]
+__all__ = [
+    "Capability",
+    "Embedding",
+    "Generation",
+    "ImageRef",
+    "Label",
+    "LabelScores",
+    "LabelSet",
+    "PromptWithFloors",
+    "TextRef",
+]
 
 Capability = Literal[
     "classify:image",
@@ -71,6 +81,26 @@ class TextRef(str):
 
     def __reduce__(self) -> tuple[type[TextRef], tuple[str]]:
         return TextRef, (self.text,)
+
+
+class PromptWithFloors(str):
+    """The prompt of a `generate_until` request, and beside it what floors answer: kind (`constant`, ...) -> text.
+
+    A model under test sees the string alone. `medvlm-baseline` answers with what its kind is given here, so that a task
+    decides what a floor is (`metrics/summary_floors.py` has them for summaries), and fits them on its training split.
+    """
+
+    __slots__ = ("floors",)
+    floors: Mapping[str, str]
+
+    def __new__(cls, prompt: str, floors: Mapping[str, str]) -> PromptWithFloors:
+        """The prompt as the string, and the floors' answers beside it."""
+        made = super().__new__(cls, prompt)
+        made.floors = floors
+        return made
+
+    def __reduce__(self) -> tuple[type[PromptWithFloors], tuple[str, dict[str, str]]]:
+        return PromptWithFloors, (str(self), dict(self.floors))
 
 
 @dataclass(frozen=True, slots=True)
