@@ -32,6 +32,7 @@ from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.text_encoder import TextEncoderBackend
 from medvlm_harness.requests import ImageRef, Label, LabelScores, LabelSet, TextRef
 from medvlm_harness.results.run import unsupported_reason
+from medvlm_harness.training.token_probe import TokenProbe, bio_tags, span_f1, word_vectors
 
 TEXTS = (
     "the heart is normal in size",
@@ -155,6 +156,56 @@ def test_pooling_and_case_are_part_of_the_identity(tiny_model: Callable[[str], P
     mean = sentence_folder(tiny_model, tmp_path / "mean", pooling_mode_mean_tokens=True)
     identities = [json.dumps(b.identity) for b in (ours(first), ours(mean), ours(mean, lower_case=False))]
     assert len(set(identities)) == 3
+
+
+def test_token_vectors_are_the_last_layer_with_the_characters_they_stand_for(
+    tiny_model: Callable[[str], Path], kind: str
+) -> None:
+    folder = tiny_model(kind)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    for size in (1, 8):
+        found = ours(folder, batch_size=size).encode_tokens((*TEXTS, LONG))
+        for text, (token_vectors, offsets) in zip((*TEXTS, LONG), found, strict=True):
+            ids = tokenizer(text, return_tensors="pt", truncation=True)["input_ids"]
+            with torch.inference_mode():
+                hidden = model(ids).last_hidden_state[0, 1:-1].numpy()
+            assert token_vectors.shape == hidden.shape and len(offsets) == len(hidden)
+            assert np.abs(token_vectors - hidden).max() < 1e-4
+            pieces = tokenizer.convert_ids_to_tokens(ids[0, 1:-1].tolist())
+            assert [text[a:b] for a, b in offsets] == [
+                text[a:b] if piece == "[UNK]" else piece.removeprefix("##")
+                for piece, (a, b) in zip(pieces, offsets, strict=True)
+            ]
+    assert ours(folder).encode_tokens([]) == []
+
+
+def test_entities_of_real_words_are_learnt_from_token_vectors(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """An encoder near its first weights tells words apart: text in RadGraph's form in, entities out."""
+    AutoTokenizer.from_pretrained(tiny_model("bert")).save_pretrained(tmp_path)
+    BertForPreTraining(BertConfig(vocab_size=160, max_position_embeddings=64, **SIZES)).save_pretrained(tmp_path)
+    rng = np.random.default_rng(1)
+    phrases = (("heart", "ANAT-DP"), ("lungs", "ANAT-DP"), ("pleural effusion", "OBS-DP"), ("the", None), ("is", None))
+
+    def document() -> dict[str, Any]:
+        words: list[str] = []
+        entities: dict[str, Any] = {}
+        for text, label in (phrases[k] for k in rng.integers(len(phrases), size=5)):
+            first = len(words)
+            words += text.split()
+            if label is not None:
+                entities[str(len(entities))] = {"start_ix": first, "end_ix": len(words) - 1, "label": label}
+        return {"text": " ".join(words), "entities": entities}
+
+    backend = ours(tmp_path)
+    sides = []
+    for documents in ([document() for _ in range(40)], [document() for _ in range(20)]):
+        vectors = backend.encode_tokens([one["text"] for one in documents])
+        features = [word_vectors(one["text"], *own) for one, own in zip(documents, vectors, strict=True)]
+        sides.append((features, [bio_tags(one) for one in documents]))
+    (train, tags), (test, expected) = sides
+    assert span_f1(TokenProbe().fit(train, tags).predict(test), expected) > 0.9
 
 
 # --- pseudo-log-likelihoods
