@@ -113,6 +113,9 @@ def test_every_module_and_data_file_is_in_the_wheel(names: list[str]) -> None:
     [
         "medvlm_harness/py.typed",
         "medvlm_harness/data/mesh_chexpert.yaml",
+        "medvlm_harness/metrics/factuality.yaml",
+        "medvlm_harness/metrics/laterality.yaml",
+        "medvlm_harness/metrics/mesh_findings.yaml",
         "medvlm_harness/data/r2gen_split.csv",
         "medvlm_harness/demo/tiny.json",
         "medvlm_harness/demo/tiny.safetensors",

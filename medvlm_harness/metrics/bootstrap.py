@@ -6,9 +6,10 @@ Weights instead of resampled items: everything that is sorted or counted once st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,7 @@ from medvlm_harness.metrics.estimate import Estimate
 
 __all__ = [
     "PercentileInterval",
+    "bootstrap_columns",
     "bootstrap_estimate",
     "bootstrap_means",
     "percentile_interval",
@@ -113,6 +115,43 @@ def bootstrap_estimate(
         return Estimate.undefined("undefined on these items", n=n, positives=positives)
     samples = resample(statistic, study_ids, resamples=resamples, seed=seed)
     return _estimate(value, samples, n=n, positives=positives, floor=floor, ceiling=ceiling, seed=seed)
+
+
+def bootstrap_columns(
+    statistic: Callable[[Weights], NDArray[np.float64]],
+    study_ids: ArrayLike,
+    *,
+    positives: Sequence[int | None],
+    floors: Sequence[float | None] | None = None,
+    extras: Sequence[Mapping[str, Any]] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Estimate]:
+    """`bootstrap_estimate` of several statistics that share their counts: it maps weights (b, n) to (b, columns).
+
+    Args:
+        statistic: as there, with NaN where a column is undefined.
+        study_ids: the study of each item, shape (n,).
+        positives: see `Estimate`, one per column.
+        floors: see `Estimate`, one per column.
+        extras: added to each estimate's `extra`, one per column.
+        resamples: number of resamples.
+        seed: the same for all that is to be compared.
+    """
+    n = len(np.asarray(study_ids))
+    values = statistic(np.ones((1, n)))[0] if n else np.full(len(positives), np.nan)
+    samples = resample(statistic, study_ids, resamples=resamples, seed=seed) if n else np.empty((0, len(positives)))
+    estimates = []
+    for column, (value, support) in enumerate(zip(values.tolist(), positives, strict=True)):
+        if np.isnan(value):
+            estimate = Estimate.undefined("undefined on these items" if n else "no item", n=n, positives=support)
+        else:
+            floor = floors[column] if floors else None
+            estimate = _estimate(
+                value, samples[:, column], n=n, positives=support, floor=floor, ceiling=None, seed=seed
+            )
+        estimates.append(replace(estimate, extra={**(extras[column] if extras else {}), **estimate.extra}))
+    return estimates
 
 
 def bootstrap_means(

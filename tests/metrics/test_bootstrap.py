@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from medvlm_harness.metrics import bootstrap
 from medvlm_harness.metrics.bootstrap import (
+    bootstrap_columns,
     bootstrap_estimate,
     percentile_interval,
     resample,
@@ -126,6 +127,26 @@ def test_undefined_resamples_are_counted_not_hidden() -> None:
     assert estimate.value == 1.0
     assert estimate.extra["undefined_resamples"] == pytest.approx((2 / 3) ** 3, abs=0.03)
     assert estimate.reason is not None and "undefined on" in estimate.reason
+
+
+def test_columns_at_once_are_the_estimates_of_each_alone() -> None:
+    columns, ids = [VALUES, np.full(8, np.nan), SCORES], np.arange(8)
+    extras = [{"unit": "mm"}, {}, {}]
+    together = bootstrap_columns(
+        lambda w: np.column_stack([weighted_mean(column, w) for column in columns]),
+        ids,
+        positives=[3, None, None],
+        floors=[0.5, None, None],
+        extras=extras,
+    )
+    for column, estimate, extra in zip(columns, together, extras, strict=True):
+        alone = bootstrap_estimate(lambda w, v=column: weighted_mean(v, w), ids)
+        assert estimate.value == pytest.approx(alone.value, nan_ok=True)
+        assert estimate.ci95 == pytest.approx(alone.ci95, nan_ok=True)
+        assert estimate.extra == {**extra, **alone.extra}
+        assert estimate.reason == alone.reason
+    assert (together[0].positives, together[0].floor, together[1].floor) == (3, 0.5, None)
+    assert [one.reason for one in bootstrap_columns(lambda w: w, [], positives=[0, 0])] == ["no item"] * 2
 
 
 def test_nothing_and_nothing_defined_are_undefined() -> None:
