@@ -37,6 +37,7 @@ __all__ = [
     "LabelSet",
     "PromptWithFloors",
     "TextRef",
+    "floors_of",
 ]
 
 Capability = Literal[
@@ -101,6 +102,13 @@ class PromptWithFloors(str):
 
     def __reduce__(self) -> tuple[type[PromptWithFloors], tuple[str, dict[str, str]]]:
         return PromptWithFloors, (str(self), dict(self.floors))
+
+
+def floors_of(argument: Any, doc: Any) -> Mapping[str, str]:
+    """What a task hands over for floors: beside its prompt, or in its documents under `floors`; empty where nothing."""
+    handed = getattr(argument, "floors", None) or (doc.get("floors") if isinstance(doc, Mapping) else None)
+    texts = handed if isinstance(handed, Mapping) else {}
+    return {str(kind): text for kind, text in texts.items() if isinstance(text, str)}
 
 
 @dataclass(frozen=True, slots=True)

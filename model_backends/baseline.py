@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.base import MedicalLM
 from medvlm_harness.model_backends.cards import ModelCard
-from medvlm_harness.requests import Capability, Embedding, Generation, ImageRef, LabelScores, LabelSet
+from medvlm_harness.requests import Capability, Embedding, Generation, ImageRef, LabelScores, LabelSet, floors_of
 
 __all__ = ["BaselineBackend"]
 
@@ -88,15 +88,14 @@ class BaselineBackend(MedicalLM):
     def _written(self, request: Instance) -> str:
         if self.text is not None:
             return self.text
-        handed = getattr(request.arguments[0], "floors", None) or request.doc.get("floors")
-        floors = handed if isinstance(handed, Mapping) else {}
-        if not isinstance(floors.get(self.kind), str):
+        floors = floors_of(request.arguments[0], request.doc)
+        if self.kind not in floors:
             way = "add text=..., or use" if self.kind == "constant" else "use"
             raise UserError(
                 f"Task {request.task_name} hands over no text for kind={self.kind} (it has "
-                f"{', '.join(map(str, floors)) or 'none'}): {way} another task."
+                f"{', '.join(floors) or 'none'}): {way} another task."
             )
-        return str(floors[self.kind])
+        return floors[self.kind]
 
     def _scores(self, request: Instance) -> LabelScores:
         image, label_set = request.arguments

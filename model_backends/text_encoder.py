@@ -14,12 +14,14 @@ from lm_eval.api.instance import Instance
 from scipy.special import expit
 
 from medvlm_harness.errors import UserError
+from medvlm_harness.metrics.sentences import split_sentences
 from medvlm_harness.model_backends.batching import slots
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.dual_encoder import log_odds_and_softmax, unit
 from medvlm_harness.model_backends.masked_scoring import MaskedRow, MaskedScorer, masked_rows
 from medvlm_harness.model_backends.text_vectors import TextVectors, text_of
-from medvlm_harness.requests import Capability, LabelScores, LabelSet
+from medvlm_harness.requests import Capability, Generation, LabelScores, LabelSet, floors_of
+from medvlm_harness.training.extractive import centroid_sentences
 
 __all__ = ["TextEncoderBackend"]
 
@@ -27,6 +29,8 @@ _log = logging.getLogger("lm_eval.medvlm")
 
 ClassifyBy = Literal["auto", "likelihood", "similarity"]
 NO_HEAD = "its checkpoint holds no trained masked-language-model head, and one at random would answer without a word"
+
+WRITES_NOTHING = "a masked language model writes nothing; extractive=1 picks a sentence of the text instead"
 
 
 class _Score(NamedTuple):
@@ -59,9 +63,15 @@ class TextEncoderBackend(TextVectors):
 
     Refuses `generate_until` and `loglikelihood_rolling`, which a masked model has no answer to, and images. Without a
     trained head refuses likelihoods.
+
+    `extractive=N` answers `generate_until` by N sentences of the text that is to be summarised, those most like all of
+    it (see `centroid_sentences`): extraction, not writing, and the model's name says so. The task hands that text over
+    as it does for `medvlm-baseline kind=copy`; the prompt's words, stop strings and lengths decide nothing.
     """
 
-    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"classify:text", "embed:text", "loglikelihood"})
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
+        {"classify:text", "embed:text", "generate_until", "loglikelihood"}
+    )
     card: ModelCard = ModelCard(
         name="medvlm-text-encoder",
         family="text encoder",
@@ -69,12 +79,17 @@ class TextEncoderBackend(TextVectors):
         probability_scale="log-likelihood",
     )
 
-    def __init__(self, *, classify_by: ClassifyBy = "auto", **options: Any) -> None:
+    def __init__(self, *, classify_by: ClassifyBy = "auto", extractive: int | None = None, **options: Any) -> None:
+        if extractive is not None and (not isinstance(extractive, int) or extractive < 1):
+            raise UserError(f"Expected extractive to be 1 sentence or more, but got {extractive!r}.")
         if classify_by not in ("auto", "likelihood", "similarity"):
             raise UserError(f"Expected classify_by to be auto, likelihood or similarity, but got {classify_by!r}.")
         super().__init__(**options)
-        if not self.has_head:
-            self.lacks = {"loglikelihood": NO_HEAD}
+        self.extractive = extractive
+        writes = {"generate_until": WRITES_NOTHING} if extractive is None else {}
+        self.lacks = {**writes, **({} if self.has_head else {"loglikelihood": NO_HEAD})}
+        if extractive is not None:
+            self.card = replace(self.card, name=f"{self.card.name} extractive")
         if classify_by == "likelihood" and not self.has_head:
             raise UserError(f"classify_by=likelihood cannot be used with {self.pretrained}: {NO_HEAD}.")
         chosen = "likelihood" if self.has_head else "similarity"
@@ -185,6 +200,35 @@ class TextEncoderBackend(TextVectors):
         means = {p: unit(np.mean([self._vectors[one].vector for one in p], axis=0)) for p in {p for _, p in asked}}
         return [float(self._vectors[text].vector @ means[phrases]) for text, phrases in asked]
 
+    # --- extraction
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Sentences of each text itself, where `extractive` asks for them; nothing for a text without sentences.
+
+        Raises:
+            UserError: without that option, or if a task hands over no text.
+        """
+        if self.extractive is None:
+            raise UserError(f"{self.card.name} cannot answer `generate_until` requests: {WRITES_NOTHING}.")
+        parts = [split_sentences(self._extracted_from(request)) for request in requests]
+        self._encode_new([sentence for sentences in parts for sentence in sentences])
+        return [Generation(self._extract(sentences, self.extractive), finished=True) for sentences in parts]
+
+    def _extract(self, sentences: Sequence[str], count: int) -> str:
+        if not sentences:
+            return ""
+        vectors = np.stack([self._vectors[sentence].vector for sentence in sentences])
+        return " ".join(sentences[place] for place in centroid_sentences(vectors, count=count))
+
+    def _extracted_from(self, request: Instance) -> str:
+        source = floors_of(request.arguments[0], request.doc).get("copy")
+        if source is None:
+            raise UserError(
+                f"Task {request.task_name} hands over no text to extract from (`copy` of its floors): "
+                "leave out extractive, or use another task."
+            )
+        return source
+
     # --- results
 
     def describe(self) -> dict[str, Any]:
@@ -193,6 +237,7 @@ class TextEncoderBackend(TextVectors):
             **super().describe(),
             "probability_scale": self.card.probability_scale,
             "classify_by": self.classify_by,
+            "extractive": self.extractive,
             "scored": self.scored,
             "scores_recalled": self.scores_recalled,
             "prompts_cut": self.prompts_cut,

@@ -163,7 +163,7 @@ class TransformersBackend(TorchBackend):
         # What transformers raises for files that it cannot read, from anywhere down to the parsers.
         try:
             yield
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"Cannot load the {what} of {self.pretrained} with transformers: {line}") from error
 

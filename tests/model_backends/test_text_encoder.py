@@ -30,7 +30,15 @@ from transformers import (
 from medvlm_harness import plugin
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.text_encoder import TextEncoderBackend
-from medvlm_harness.requests import ImageRef, Label, LabelScores, LabelSet, TextRef
+from medvlm_harness.requests import (
+    Generation,
+    ImageRef,
+    Label,
+    LabelScores,
+    LabelSet,
+    PromptWithFloors,
+    TextRef,
+)
 from medvlm_harness.results.run import unsupported_reason
 from medvlm_harness.training.token_probe import TokenProbe, bio_tags, span_f1, word_vectors
 
@@ -305,6 +313,35 @@ def test_without_a_head_texts_are_classified_by_similarity(tiny_model: Callable[
         ours(folder, classify_by="likelihood")
 
 
+# --- extraction
+
+
+def summaries(backend: TextEncoderBackend, arguments: Sequence[Any]) -> list[str]:
+    kwargs = {"until": ["."], "max_gen_toks": 1}
+    return backend.generate_until([Instance("generate_until", {}, (one, kwargs), 0, ("t", 0, 1)) for one in arguments])
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_extracted_are_the_sentences_most_like_the_whole(tiny_model: Callable[[str], Path], count: int) -> None:
+    folder = tiny_model("bert")
+    sentences = ["The heart is normal.", "There is a small left pleural effusion.", "The lungs are clear."]
+    vectors = [mean_by_hand(folder, sentence) for sentence in sentences]
+    likeness = [float(vector @ np.mean(vectors, axis=0)) for vector in vectors]
+    kept = sorted(sorted(range(3), key=lambda k: -likeness[k])[:count])
+    backend = ours(folder, extractive=count)
+    prompt = PromptWithFloors("Summarise!", {"copy": " ".join(sentences)})
+    found = summaries(backend, [prompt, PromptWithFloors("Summarise!", {"copy": " "})])
+    assert found == [" ".join(sentences[k] for k in kept), ""]
+    assert isinstance(found[0], Generation) and found[0].finished
+    assert backend.card.name.endswith(" extractive") and backend.describe()["extractive"] == count
+    assert unsupported_reason(backend, type("Stock", (), {"OUTPUT_TYPE": "generate_until"})()) is None
+
+
+def test_without_a_text_to_extract_from_the_task_is_named(tiny_model: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="Task t hands over no text to extract from"):
+        summaries(ours(tiny_model("bert"), extractive=1), ["Summarise: ..."])
+
+
 # --- what is refused
 
 
@@ -325,12 +362,17 @@ def test_a_model_without_a_trained_head_is_refused_for_likelihoods_with_the_reas
     assert np.abs(vectors(backend, TEXTS) - vectors(ours(folder), TEXTS)).max() == 0
 
 
-@pytest.mark.parametrize("output_type", ["generate_until", "loglikelihood_rolling"])
-def test_what_a_masked_model_has_no_answer_to_is_refused(tiny_model: Callable[[str], Path], output_type: str) -> None:
+@pytest.mark.parametrize(
+    ("output_type", "why"),
+    [("generate_until", ": a masked language model writes nothing"), ("loglikelihood_rolling", "")],
+)
+def test_what_a_masked_model_has_no_answer_to_is_refused(
+    tiny_model: Callable[[str], Path], output_type: str, why: str
+) -> None:
     backend = ours(tiny_model("bert"))
     task = type("Stock", (), {"OUTPUT_TYPE": output_type})()
     reason = unsupported_reason(backend, task)
-    assert reason is not None and reason.endswith(f"cannot {output_type}")
+    assert reason is not None and f"cannot {output_type}{why}" in reason
     with pytest.raises(UserError, match=f"cannot answer `{output_type}` requests"):
         getattr(backend, output_type)([])
 
@@ -406,6 +448,7 @@ def test_the_first_berts_files_are_read(tiny_model: Callable[[str], Path], tmp_p
         ({"lower_case": "maybe"}, "lower_case to be True, False or auto"),
         ({"classify_by": "vibes"}, "classify_by to be auto, likelihood or similarity"),
         ({"gguf_file": "x.gguf"}, "reads no GGUF files"),
+        ({"extractive": 0}, "extractive to be 1 sentence or more"),
     ],
 )
 def test_wrong_options_are_told(tiny_model: Callable[[str], Path], options: dict[str, Any], message: str) -> None:
@@ -511,7 +554,7 @@ def test_a_stock_choice_task_runs_and_a_writing_one_says_why_not(
         device="cpu",
         bootstrap_iters=0,
     )
-    assert results["results"]["writing_task"]["unsupported,none"].endswith("cannot generate_until")
+    assert results["results"]["writing_task"]["unsupported,none"].partition(":")[0].endswith("cannot generate_until")
     right = []
     for sample in results["samples"]["stock_task"]:
         question = sample["doc"]["question"]
