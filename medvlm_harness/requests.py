@@ -2,10 +2,12 @@
 
 lm-eval calls `getattr(lm, request_type)(instances)`. Beside its own `loglikelihood` and `generate_until` there are
 
-| request type | arguments                         | response                                    |
-|--------------|-----------------------------------|---------------------------------------------|
-| `embed`      | one `ImageRef` or one `TextRef`   | `Embedding`: float32, unit length, (d,)     |
-| `classify`   | one `ImageRef`, and a `LabelSet`  | `LabelScores`: margin (L,), probability (L,) |
+| request type | arguments                                         | response                                     |
+|--------------|---------------------------------------------------|----------------------------------------------|
+| `embed`      | one `ImageRef` or one `TextRef`                   | `Embedding`: float32, unit length, (d,)      |
+| `classify`   | one `ImageRef` or one `TextRef`, and a `LabelSet` | `LabelScores`: margin (L,), probability (L,) |
+
+Our backends answer `generate_until` with a `Generation`, a string that says whether the model came to an end.
 
 References are strings (content hashes) with the path or the text beside them, so that logged samples hold ids, scores
 and hashes, and neither pixels, texts nor vectors.
@@ -25,9 +27,28 @@ from numpy.typing import NDArray
 
 from medvlm_harness.errors import UserError, near_matches
 
-__all__ = ["Capability", "Embedding", "ImageRef", "Label", "LabelScores", "LabelSet", "TextRef"]
+__all__ = [
+    "Capability",
+    "Embedding",
+    "Generation",
+    "ImageRef",
+    "Label",
+    "LabelScores",
+    "LabelSet",
+    "PromptWithFloors",
+    "TextRef",
+    "floors_of",
+]
 
-Capability = Literal["classify:image", "embed:image", "embed:text", "generate_until", "loglikelihood"]
+Capability = Literal[
+    "classify:image",
+    "classify:text",
+    "embed:image",
+    "embed:text",
+    "generate_until",
+    "loglikelihood",
+    "loglikelihood_rolling",
+]
 """What a backend can do: a request type, and the kind of input where that matters."""
 
 
@@ -63,6 +84,33 @@ class TextRef(str):
         return TextRef, (self.text,)
 
 
+class PromptWithFloors(str):
+    """The prompt of a `generate_until` request, and beside it what floors answer: kind (`constant`, ...) -> text.
+
+    A model under test sees the string alone. `medvlm-baseline` answers with what its kind is given here, so that a task
+    decides what a floor is (`metrics/summary_floors.py` has them for summaries), and fits them on its training split.
+    """
+
+    __slots__ = ("floors",)
+    floors: Mapping[str, str]
+
+    def __new__(cls, prompt: str, floors: Mapping[str, str]) -> PromptWithFloors:
+        """The prompt as the string, and the floors' answers beside it."""
+        made = super().__new__(cls, prompt)
+        made.floors = floors
+        return made
+
+    def __reduce__(self) -> tuple[type[PromptWithFloors], tuple[str, dict[str, str]]]:
+        return PromptWithFloors, (str(self), dict(self.floors))
+
+
+def floors_of(argument: Any, doc: Any) -> Mapping[str, str]:
+    """What a task hands over for floors: beside its prompt, or in its documents under `floors`; empty where nothing."""
+    handed = getattr(argument, "floors", None) or (doc.get("floors") if isinstance(doc, Mapping) else None)
+    texts = handed if isinstance(handed, Mapping) else {}
+    return {str(kind): text for kind, text in texts.items() if isinstance(text, str)}
+
+
 @dataclass(frozen=True, slots=True)
 class Embedding:
     """One unit-length vector, shape (d,), float32, and whether the tokenizer had to cut the text (None for images)."""
@@ -91,8 +139,27 @@ class Embedding:
         return cls(vector, None if stored[0] == 0 else stored[0] == 2)
 
 
+class Generation(str):
+    """A generated text; `finished` is False where the longest allowed length ended it, not the model or a stop string.
+
+    Stock backends answer with plain strings, which do not say it: use `getattr(response, "finished", None)`.
+    """
+
+    __slots__ = ("finished",)
+    finished: bool | None
+
+    def __new__(cls, text: str, finished: bool | None = None) -> Generation:
+        """The text as the string, and whether it came to an end beside it; lm-eval casts references to this type."""
+        generation = super().__new__(cls, text)
+        generation.finished = finished
+        return generation
+
+    def __reduce__(self) -> tuple[type[Generation], tuple[str, bool | None]]:
+        return Generation, (str(self), self.finished)
+
+
 class LabelScores(NamedTuple):
-    """Scores of one image for each label of a set, in its order.
+    """Scores of one image or text for each label of a set, in its order.
 
     Margins rank, on any scale. Probabilities are in [0, 1], on the scale that the model's card names; those of a
     multiclass set sum to 1.

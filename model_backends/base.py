@@ -36,6 +36,7 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     MULTIMODAL = True  # lm-eval then hashes image arguments in logged samples instead of writing their bytes
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset()
     card: ModelCard
+    lacks: Mapping[str, str] = {}  # of these, what a checkpoint or an option leaves out, and why
 
     def __init__(self, *, batch_size: int | str | None = None, max_batch_size: int | None = None) -> None:
         super().__init__()

@@ -12,11 +12,13 @@ from lm_eval.api.instance import Instance
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.base import MedicalLM
 from medvlm_harness.model_backends.cards import ModelCard
-from medvlm_harness.requests import Capability, Embedding, ImageRef, LabelScores, LabelSet
+from medvlm_harness.requests import Capability, Embedding, Generation, ImageRef, LabelScores, LabelSet, floors_of
 
 __all__ = ["BaselineBackend"]
 
-KINDS = ("prior", "random", "oracle")
+SCORING = ("prior", "random", "oracle")
+WRITING = ("constant", "lead", "copy", "tfidf")
+KINDS = (*SCORING, *WRITING)
 DIMENSION = 256
 
 
@@ -25,13 +27,20 @@ class BaselineBackend(MedicalLM):
 
     `kind=prior` answers the train split's prevalence and one vector for everything; `random` answers noise that depends
     on nothing but the input and the seed; `oracle` reads the truth from the document.
+
+    `constant` writes one text for everything (`text=`, else the task's most frequent one), `lead` the beginning of what
+    is to be summarised, `copy` all of it, `tfidf` what belongs to the nearest text of the train split. The task hands
+    these texts over: beside its prompt (`PromptWithFloors`), or in its documents under `floors`; stop strings and
+    lengths do not apply to them.
     """
 
-    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"classify:image", "embed:image", "embed:text"})
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
+        {"classify:image", "classify:text", "embed:image", "embed:text", "generate_until"}
+    )
     card: ModelCard = ModelCard(
         name="medvlm-baseline",
         family="baseline",
-        summary="floors and ceilings: kind=prior, random or oracle",
+        summary="floors and ceilings: kind=prior, random or oracle; of texts constant, lead, copy or tfidf",
         licence="apache-2.0",
         parameters=0,
         trained_on=(),
@@ -41,14 +50,22 @@ class BaselineBackend(MedicalLM):
     def __init__(
         self,
         *,
-        kind: Literal["prior", "random", "oracle"] = "prior",
+        kind: Literal["prior", "random", "oracle", "constant", "lead", "copy", "tfidf"] = "prior",
         seed: int = 0,
+        text: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if kind not in KINDS:
             raise UserError(f"Unknown kind {kind!r} of medvlm-baseline.{near_matches(str(kind), KINDS)}")
-        self.kind, self.seed = kind, seed
+        if text is not None and kind != "constant":
+            raise UserError(f"Expected text= with kind=constant alone, but got it with kind={kind}.")
+        self.kind, self.seed, self.text = kind, seed, None if text is None else str(text)
+        if kind in WRITING:
+            others = sorted(self.CAPABILITIES - {"generate_until"})
+            self.lacks = dict.fromkeys(others, f"kind={kind} writes texts; use kind={', '.join(SCORING)}")
+        else:
+            self.lacks = {"generate_until": f"kind={kind} writes nothing; use kind={', '.join(WRITING)}"}
 
     def classify(self, requests: Sequence[Instance]) -> list[LabelScores]:
         """Prevalence, noise, or the document's own answer."""
@@ -57,6 +74,28 @@ class BaselineBackend(MedicalLM):
     def embed(self, requests: Sequence[Instance]) -> list[Embedding]:
         """One vector for all, a vector per input, or the vector of the report that belongs to the study."""
         return [self._embedding(request) for request in requests]
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """What the task hands over for this kind, or the constant text.
+
+        Raises:
+            UserError: if a task hands over no such text.
+        """
+        if self.kind not in WRITING:
+            raise UserError(f"medvlm-baseline cannot answer `generate_until` requests: {self.lacks['generate_until']}.")
+        return [Generation(self._written(request), finished=True) for request in requests]
+
+    def _written(self, request: Instance) -> str:
+        if self.text is not None:
+            return self.text
+        floors = floors_of(request.arguments[0], request.doc)
+        if self.kind not in floors:
+            way = "add text=..., or use" if self.kind == "constant" else "use"
+            raise UserError(
+                f"Task {request.task_name} hands over no text for kind={self.kind} (it has "
+                f"{', '.join(floors) or 'none'}): {way} another task."
+            )
+        return floors[self.kind]
 
     def _scores(self, request: Instance) -> LabelScores:
         image, label_set = request.arguments
@@ -96,6 +135,7 @@ class BaselineBackend(MedicalLM):
             "weights_sha256": None,
             "kind": self.kind,
             "seed": self.seed,
+            "text": self.text,
             "probability_scale": self.card.probability_scale,
         }
 

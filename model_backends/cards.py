@@ -50,8 +50,9 @@ class ModelCard:
     # Data set names, or "<scheme> <split> split", or {dataset: ..., splits: [...]}; None where nothing is known.
     trained_on: tuple[Any, ...] | None = None
     preprocessing: str = ""
-    # How probabilities come from cosines: softmax over a pair with the model's own logit scale, or with none.
-    probability_scale: Literal["logit scale", "no scale", "sigmoid", "given"] = "logit scale"
+    # How probabilities come from cosines: softmax over a pair with the model's own logit scale, or with none; or from
+    # (pseudo-)log-likelihoods, of which they are the softmax.
+    probability_scale: Literal["logit scale", "no scale", "sigmoid", "given", "log-likelihood"] = "logit scale"
     prompts: Prompts | None = None
     reference: str = ""
 

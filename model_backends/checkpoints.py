@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+from safetensors import SafetensorError
 
 from medvlm_harness.errors import UserError
 
-__all__ = ["OPEN_CLIP_CONFIG", "Checkpoint", "open_clip_folder", "transformers_folder"]
+__all__ = [
+    "OPEN_CLIP_CONFIG",
+    "Checkpoint",
+    "gguf_checkpoint",
+    "hub_folder",
+    "open_clip_folder",
+    "tensor_names",
+    "tensor_shapes",
+    "transformers_folder",
+]
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # The names that open_clip looks for, in its order (open_clip 3, factory.py).
@@ -64,6 +76,81 @@ def transformers_folder(folder: Path) -> Checkpoint:
     if not weights:
         raise UserError(f"{folder} has config.json but no weights (*.safetensors or *.bin).")
     return Checkpoint(weights, _files(folder, _SETTING_SUFFIXES))
+
+
+def gguf_checkpoint(folder: Path, name: str) -> Checkpoint:
+    """A GGUF file, which holds configuration and tokenizer as well.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    path = folder / name
+    if not path.is_file():
+        there = ", ".join(sorted(one.name for one in folder.glob("*.gguf"))) or "none"
+        raise UserError(f"Expected gguf_file to name a file in {folder} (it holds {there}), but got {name!r}.")
+    return Checkpoint((path,))
+
+
+def hub_folder(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Path:
+    """A model on the Hub as a local folder: downloaded once, afterwards read from huggingface_hub's cache.
+
+    Only the files of the top folder that transformers reads: no other formats, and no Python.
+
+    Raises:
+        UserError: if there is none of that name, or the Hub cannot be reached and the cache has none.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    settings = [f"*{suffix}" for suffix in _SETTING_SUFFIXES]
+    options: dict[str, Any] = {"revision": revision, "ignore_patterns": ["*/*"]}
+    try:
+        if gguf_file is not None:
+            return Path(snapshot_download(name, allow_patterns=[gguf_file], **options))
+        folder = Path(snapshot_download(name, allow_patterns=[*settings, "*.safetensors"], **options))
+        if not _files(folder, (".safetensors",)):
+            folder = Path(snapshot_download(name, allow_patterns=[*settings, "*.bin"], **options))
+    except (OSError, HFValidationError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"There is no folder {name} here, and it cannot be fetched from the Hub: {line} "
+            "Name a local folder by pretrained=DIR."
+        ) from error
+    return folder
+
+
+def tensor_names(weights: Sequence[Path]) -> set[str]:
+    """The names of all tensors in the files, without reading any.
+
+    Raises:
+        UserError: if a file is not what it is called.
+    """
+    names: set[str] = set()
+    for path in weights:
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(path, framework="pt") as file:
+                    names |= set(file.keys())
+            else:
+                names |= set(tensor_shapes(path))
+        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} cannot be read as weights: {line}") from error
+    return names
+
+
+def tensor_shapes(path: Path) -> dict[str, Any]:
+    """The tensors of a .bin file by name, without their numbers (on torch's device `meta`)."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except RuntimeError:  # torch's format before 1.6, which the first BERTs are in, cannot be mapped
+        state = torch.load(path, map_location="meta", weights_only=True)
+    named = state if isinstance(state, Mapping) else {}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:

@@ -60,14 +60,14 @@ class TorchBackend(MedicalLM):
         super().__init__(**options)
         self.pretrained = str(pretrained)
         self._device = pick_device(device, self.ranks.local_rank)
+        self.checkpoint = self.locate()
         self.precision_asked = str(precision or self.DEFAULT_PRECISION)
-        self.precision = choose_precision(self.precision_asked, self._device)
+        self.precision = self.choose_precision(self.precision_asked)
         self.dtype = dtype_of(self.precision)
         self.batching = BatchSize(self.batch_size, self.max_batch_size)
         self.loaded = self._learned = False
         self._digests: dict[str, Future[str]] = {}
         self._store_option = str(store)
-        self.checkpoint = self.locate()
         self._complete_card()
 
     # --- for subclasses
@@ -92,6 +92,22 @@ class TorchBackend(MedicalLM):
         """Constants that decide pixels or tokens and stand in no file of the checkpoint; plain JSON."""
         return {}
 
+    def choose_precision(self, asked: str) -> str:
+        """The name of the format that is computed in; reads settings at most, never the weights."""
+        return choose_precision(asked, self._device)
+
+    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model that `load` built, on its device and in its precision."""
+        return model.to(self.device, self.dtype)
+
+    def quantization_identity(self) -> Mapping[str, Any] | None:
+        """How weights are rounded after loading, and by which library; None if they are not."""
+        return None
+
+    def adapter_identity(self) -> Mapping[str, Any] | None:
+        """Hash of the adapter that is put on the model, and by which library; None without one."""
+        return None
+
     # --- loading
 
     def ensure_loaded(self) -> None:
@@ -105,7 +121,7 @@ class TorchBackend(MedicalLM):
         self.load()
         if self.model is not None:
             self._loaded_weights = None if self.checkpoint.weights else state_sha256(self.model)
-            self.model = self.model.to(self.device, self.dtype).eval()
+            self.model = self.place(self.model).eval()
         self.loaded = True
 
     def learn(self) -> None:
@@ -164,8 +180,8 @@ class TorchBackend(MedicalLM):
             "options": dict(self.checkpoint.options),
             "preprocessing": dict(self.preprocessing()),
             "precision": self.precision,
-            "quantization": None,
-            "adapter": None,
+            "quantization": self.quantization_identity(),
+            "adapter": self.adapter_identity(),
             "code": code_sha256(type(self)),
             "libraries": library_versions(),
         }

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from medvlm_harness.errors import UserError
-from medvlm_harness.requests import Embedding, ImageRef, Label, LabelScores, LabelSet, TextRef
+from medvlm_harness.requests import (
+    Embedding,
+    Generation,
+    ImageRef,
+    Label,
+    LabelScores,
+    LabelSet,
+    PromptWithFloors,
+    TextRef,
+)
 
 SHA = "ab" * 32
 
@@ -144,3 +153,18 @@ def test_identity_is_the_same_in_every_process() -> None:
 def test_a_label_set_survives_pickling() -> None:
     labels = LabelSet.from_config("t", ["Edema"])
     assert pickle.loads(pickle.dumps(labels)) == labels  # noqa: S301
+
+
+def test_a_generation_is_its_text_with_whether_it_ended_beside_it() -> None:
+    text = Generation("no effusion", finished=False)
+    assert text == "no effusion" and json.dumps(text) == '"no effusion"'
+    copy = pickle.loads(pickle.dumps(text))  # noqa: S301  # our own
+    assert (copy, copy.finished) == (text, False)
+    assert type(text)("a reference").finished is None  # as lm-eval casts what is compared with it
+
+
+def test_a_model_sees_a_prompt_without_its_floors() -> None:
+    prompt = PromptWithFloors("Summarise: large heart.", {"constant": "No acute disease."})
+    assert json.dumps(prompt) == '"Summarise: large heart."' and str(prompt) == "Summarise: large heart."
+    copy = pickle.loads(pickle.dumps(prompt))  # noqa: S301  # our own
+    assert (copy, copy.floors) == (prompt, prompt.floors)

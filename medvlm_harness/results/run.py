@@ -17,7 +17,10 @@ __all__ = ["SCHEMA_VERSION", "MedvlmResults", "evaluate_with_details", "installe
 SCHEMA_VERSION = 1
 VERSIONS = ("medvlm-harness", "lm_eval", "torch", "transformers", "open_clip_torch", "numpy")
 # Of a model's description; each process counts its own.
-ADDED_UP = ("images_encoded", "images_recalled", "texts_encoded", "texts_recalled")
+ADDED_UP = (
+    *("images_encoded", "images_recalled", "texts_encoded", "texts_recalled"),
+    *("generated", "generations_recalled", "generations_unfinished", "scored", "scores_recalled", "prompts_cut"),
+)
 # What a model of somebody else's can do is known by its methods; a task of somebody else's needs its output type.
 STOCK_REQUESTS = {"multiple_choice": "loglikelihood"}
 
@@ -93,15 +96,18 @@ def unsupported_reason(lm: Any, task: Any) -> str | None:
     else:
         output_type = str(getattr(task, "OUTPUT_TYPE", ""))
         needs = {STOCK_REQUESTS.get(output_type, output_type)}
-    capabilities = getattr(lm, "CAPABILITIES", None)
-    if capabilities is None:
+    capabilities, lacks = getattr(lm, "CAPABILITIES", None), getattr(lm, "lacks", {})
+    if getattr(task, "MULTIMODAL", False) and not getattr(lm, "MULTIMODAL", False):
+        missing = {"take images"}  # lm-eval itself ends the whole run
+    elif capabilities is None:
         missing = {need for need in needs if not hasattr(lm, need.partition(":")[0])}
     else:
-        missing = needs - capabilities
+        missing = needs - (capabilities - lacks.keys())
     if not missing:
         return None
     name = getattr(getattr(lm, "card", None), "name", type(lm).__name__)
-    return f"{name} cannot {' and '.join(map(_in_words, sorted(missing)))}"
+    reasons = "".join(f": {lacks[need]}" for need in sorted(missing) if need in lacks)
+    return f"{name} cannot {' and '.join(map(_in_words, sorted(missing)))}{reasons}"
 
 
 def _in_words(capability: str) -> str:

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 from sklearn.metrics import roc_auc_score
 
+from medvlm_harness import plugin
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.retrieval import rank_queries, recall_at
 from medvlm_harness.model_backends.baseline import BaselineBackend
-from medvlm_harness.requests import ImageRef, Label, LabelSet, TextRef
+from medvlm_harness.requests import Generation, ImageRef, Label, LabelSet, PromptWithFloors, TextRef
+from medvlm_harness.results.run import unsupported_reason
 
 N = 40
 REFS = [ImageRef(f"{k:064x}", Path("unused")) for k in range(N)]
@@ -102,5 +105,94 @@ def test_an_unknown_kind_names_the_near_one() -> None:
 
 
 def test_what_it_cannot_do_is_refused_in_words() -> None:
-    with pytest.raises(UserError, match=r"medvlm-baseline \(baseline\) cannot answer `generate_until`"):
+    with pytest.raises(UserError, match=r"cannot answer `generate_until` requests: kind=prior writes nothing"):
         BaselineBackend().generate_until([])
+
+
+# --- texts
+
+FLOORS = {"constant": "No acute disease.", "lead": "The heart is large.", "copy": "The heart is large. No effusion."}
+
+
+def writing(arguments: list[Any], doc: dict[str, Any] | None = None) -> list[Instance]:
+    return [
+        Instance("generate_until", doc or {}, (one, {"until": ["."], "max_gen_toks": 1}), 0, ("a_task", k, 1))
+        for k, one in enumerate(arguments)
+    ]
+
+
+@pytest.mark.parametrize("kind", sorted(FLOORS))
+def test_a_floor_writes_what_the_task_hands_over_for_it(kind: Any) -> None:
+    backend = BaselineBackend(kind=kind)
+    beside = backend.generate_until(writing([PromptWithFloors("Summarise: ...", FLOORS)]))
+    in_document = backend.generate_until(writing(["Summarise: ..."], {"floors": FLOORS}))
+    assert beside == in_document == [FLOORS[kind]]
+    assert all(isinstance(text, Generation) and text.finished for text in beside)
+
+
+def test_a_stock_task_hands_its_floors_over_in_its_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "summary.yaml").write_text(
+        "task: summary\noutput_type: generate_until\ncustom_dataset: !function data.documents\ntest_split: test\n"
+        'doc_to_text: "Summarise: {{findings}}"\ndoc_to_target: "{{impression}}"\n'
+        "generation_kwargs: {until: []}\nmetric_list: [{metric: exact_match}]\nmetadata: {version: 1.0}\n"
+    )
+    (tmp_path / "data.py").write_text(
+        "from datasets import Dataset\n\n"
+        "def documents(**options):\n"
+        "    rows = [{'findings': f'finding {k}', 'impression': f'finding {k % 2}', 'floors': "
+        "{'constant': 'finding 0', 'copy': f'finding {k}'}} for k in range(6)]\n"
+        "    return {'test': Dataset.from_list(rows)}\n"
+    )
+    plugin.install()
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(plugin.scope, "builtin_tasks", False)
+    for kind, expected in (("constant", 1 / 2), ("copy", 1 / 3)):
+        results = lm_eval.simple_evaluate(
+            model="medvlm-baseline",
+            model_args=f"kind={kind}",
+            tasks=["summary"],
+            task_manager=TaskManager(include_path=str(tmp_path)),
+            bootstrap_iters=0,
+        )
+        assert results["results"]["summary"]["exact_match,none"] == pytest.approx(expected)
+
+
+def test_a_text_of_ones_own_needs_nothing_from_the_task() -> None:
+    assert BaselineBackend(kind="constant", text="Stable.").generate_until(writing(["a", "b"])) == ["Stable."] * 2
+    assert BaselineBackend(kind="constant", text="Stable.").describe()["text"] == "Stable."
+
+
+@pytest.mark.parametrize("doc", [{}, {"floors": None}, {"floors": "x"}, {"floors": {**FLOORS, "tfidf": None}}])
+def test_a_task_that_hands_over_no_such_text_is_named(doc: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"Task a_task hands over no text for kind=tfidf"):
+        BaselineBackend(kind="tfidf").generate_until(writing(["a"], doc))
+
+
+def test_without_a_text_the_way_to_give_one_is_named() -> None:
+    with pytest.raises(UserError, match=r"\(it has none\): add text="):
+        BaselineBackend(kind="constant").generate_until(writing(["a"]))
+    with pytest.raises(UserError, match="text= with kind=constant alone"):
+        BaselineBackend(kind="lead", text="x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "need", "reason"),
+    [
+        ("prior", "generate_until", "kind=prior writes nothing; use kind=constant, lead, copy, tfidf"),
+        ("copy", "classify:image", "kind=copy writes texts; use kind=prior, random, oracle"),
+        ("copy", "generate_until", None),
+        ("prior", "classify:text", None),
+    ],
+)
+def test_a_kind_does_its_own_tasks_alone_and_says_why(kind: Any, need: str, reason: str | None) -> None:
+    task = type("Track", (), {"is_medvlm": True, "NEEDS": frozenset({need})})()
+    found = unsupported_reason(BaselineBackend(kind=kind), task)
+    assert found is None if reason is None else found is not None and found.endswith(reason)
+
+
+def test_the_prior_of_texts_is_that_of_images(classify_requests: Callable[..., list[Instance]]) -> None:
+    texts: list[Any] = [TextRef(f"report {k}") for k in range(3)]
+    scores = BaselineBackend().classify(classify_requests(texts, LABELS))
+    assert all(s.probability == pytest.approx((0.2, 0.5)) for s in scores)

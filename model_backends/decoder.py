@@ -1,0 +1,174 @@
+"""Forward passes of a causal or encoder-decoder model of transformers: scoring continuations, and generating texts.
+
+One batch at a time; what is in it, and how large it is, is decided elsewhere. A prompt may carry tensors beside its
+tokens: `stack` says how those of a batch go into the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import StoppingCriteriaList
+
+from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.sequences import (
+    Padded,
+    Prompt,
+    Scored,
+    StopStrings,
+    continuation_score,
+    cut_at_end,
+    pad,
+    stop_strings,
+)
+from medvlm_harness.requests import Generation
+
+__all__ = ["Decoder", "Decoding"]
+
+DEFAULT_MAX_GEN_TOKS = 256  # lm-eval's, where a task names none
+Stack = Callable[[Sequence[Prompt]], Mapping[str, torch.Tensor]]
+
+
+class Decoding(NamedTuple):
+    """How a group of requests is decoded, as lm-eval's generation_kwargs say it."""
+
+    until: tuple[str, ...]
+    max_new_tokens: int
+    sampled: bool
+    options: Mapping[str, Any]  # for transformers' `generate`
+
+    @classmethod
+    def of(cls, kwargs: Mapping[str, Any]) -> Decoding:
+        """Read generation_kwargs.
+
+        Raises:
+            UserError: for a length that is none, or a stop string that is no text.
+        """
+        if "max_length" in kwargs:
+            raise UserError("generation_kwargs: max_length counts the prompt too: use max_gen_toks.")
+        try:
+            options = dict(normalize_gen_kwargs(dict(kwargs), DEFAULT_MAX_GEN_TOKS))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"generation_kwargs {dict(kwargs)!r}: {error}") from error
+        until, length = options.pop("until") or [], options.pop("max_gen_toks")
+        if not all(isinstance(string, str) for string in until):
+            raise UserError(f"Expected until to be strings, but got {until!r}.")
+        if length < 1:
+            raise UserError(f"Expected max_gen_toks to be 1 or more, but got {length}.")
+        sampled = bool(options["do_sample"])
+        if not sampled:
+            options.pop("temperature", None)  # 0 stands for greedy, and transformers takes none then
+        return cls(tuple(until), length, sampled, options)
+
+    @property
+    def key(self) -> str:
+        """Everything of it, as JSON with sorted keys."""
+        return json.dumps([list(self.until), self.max_new_tokens, dict(self.options)], sort_keys=True)
+
+
+class Decoder:
+    """A loaded model with its tokenizer.
+
+    Args:
+        network: the model, as transformers or PEFT has it.
+        tokenizer: its tokenizer.
+        seq2seq: an encoder-decoder: contexts go into the encoder, continuations into the decoder.
+        device: where the model is.
+        stack: what goes into the model beside the tokens of a batch of prompts.
+        limit: the longest input in tokens; an encoder's positions end there.
+    """
+
+    def __init__(
+        self, network: Any, tokenizer: Any, *, seq2seq: bool, device: torch.device, stack: Stack, limit: int
+    ) -> None:
+        self.network, self.tokenizer, self.seq2seq = network, tokenizer, seq2seq
+        self.device, self.stack, self._limit = device, stack, limit
+        base = network.get_base_model() if hasattr(network, "get_base_model") else network
+        self._accepted = frozenset(inspect.signature(base.forward).parameters)
+        # A token for masked places. Its value decides nothing, but it must be one of the model's own.
+        known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
+        self._filler: int = next((token for token in known if token is not None), 0)
+        # Tokens that end a text: the generation configuration's and the tokenizer's.
+        named = getattr(network.generation_config, "eos_token_id", None)
+        ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+        self.end_ids = frozenset(token for token in ends if token is not None)
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation in nats, and whether it is what greedy decoding gives."""
+        prompts = [item.prompt for item in items]
+        if self.seq2seq:
+            context = self._encoder_batch(prompts)
+            labels = pad([item.ids for item in items], filler=self._filler, side="right", limit=self._limit)
+            given = {"input_ids": context.ids, "attention_mask": context.mask, "labels": labels.ids}
+            logits = self._forward(given, prompts)
+            return [continuation_score(logits[row, : len(item.ids)], item.ids) for row, item in enumerate(items)]
+        # The last token predicts nothing. Padded on the left, all continuations end where the batch does, and only
+        # their logits are made: over a vocabulary of 262,144, 1,024 tokens of an item would take 1 GB.
+        batch = pad([(*item.prompt.ids, *item.ids)[:-1] for item in items], filler=self._filler, side="left")
+        given = {"input_ids": batch.ids, "attention_mask": batch.mask}
+        if "position_ids" in self._accepted:
+            given["position_ids"] = batch.positions
+        logits = self._forward(given, prompts, use_cache=False, **self._last(max(len(item.ids) for item in items)))
+        return [continuation_score(logits[row, -len(item.ids) :], item.ids) for row, item in enumerate(items)]
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
+        """A text per prompt; the batch goes on to its last end.
+
+        Raises:
+            UserError: for an option of decoding that transformers refuses.
+        """
+        rows = [prompt.ids for prompt in prompts]
+        batch = self._encoder_batch(prompts) if self.seq2seq else pad(rows, filler=self._filler, side="left")
+        # The texts of an encoder-decoder start after one token, whatever the context; those of a causal model after it.
+        start = 1 if self.seq2seq else batch.ids.shape[1]
+        end = self.tokenizer.eos_token_id
+        stops = stop_strings(decoding.until, None if end is None else self.tokenizer.decode([end]))
+        try:
+            tokens = self.network.generate(
+                input_ids=batch.ids.to(self.device),
+                attention_mask=batch.mask.to(self.device),
+                max_new_tokens=decoding.max_new_tokens,
+                stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, stops, start)]),
+                pad_token_id=self._filler,
+                eos_token_id=sorted(self.end_ids) or None,
+                **self.stack(prompts),
+                **decoding.options,
+            )
+        except (ValueError, TypeError) as error:  # an option that `generate` does not know, or a value it refuses
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"generation_kwargs {dict(decoding.options)}: {line}") from error
+        texts = tokens[:, start:].tolist()
+        return [cut_at_end(self.tokenizer, row, end_ids=self.end_ids, stops=stops) for row in texts]
+
+    @torch.inference_mode()
+    def fill_cache(self, prompts: Sequence[Prompt], decoding: Decoding) -> None:
+        """Take as much memory as `generate` does at its end, in one forward pass."""
+        extra = (self._filler,) * decoding.max_new_tokens
+        if self.seq2seq:
+            batch = self._encoder_batch(prompts)
+            written = {"decoder_input_ids": torch.tensor([extra] * len(prompts))}
+            self._forward({"input_ids": batch.ids, "attention_mask": batch.mask, **written}, prompts, use_cache=True)
+        else:
+            batch = pad([(*prompt.ids, *extra) for prompt in prompts], filler=self._filler, side="left")
+            given = {"input_ids": batch.ids, "attention_mask": batch.mask}
+            self._forward(given, prompts, use_cache=True, **self._last(1))
+
+    def _encoder_batch(self, prompts: Sequence[Prompt]) -> Padded:
+        """Padded on the right, where no position moves."""
+        return pad([prompt.ids for prompt in prompts], filler=self._filler, side="right", limit=self._limit)
+
+    def _last(self, tokens: int) -> dict[str, int]:
+        """Make logits of the last tokens alone, where the model can."""
+        return {"logits_to_keep": tokens} if "logits_to_keep" in self._accepted else {}
+
+    def _forward(self, tokens: Mapping[str, torch.Tensor], prompts: Sequence[Prompt], **options: Any) -> torch.Tensor:
+        moved = {name: tensor.to(self.device) for name, tensor in tokens.items()}
+        logits: torch.Tensor = self.network(**moved, **self.stack(prompts), **options).logits
+        return logits

@@ -1,0 +1,174 @@
+"""`medvlm-lm`: causal (decoder-only) and encoder-decoder language models of transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.model_backends.generative import GenerativeBackend
+from medvlm_harness.model_backends.sequences import Prompt, Scored
+
+__all__ = ["LanguageModelBackend"]
+
+_log = logging.getLogger("lm_eval.medvlm")
+
+
+class LanguageModelBackend(GenerativeBackend):
+    """Text in, text out: `generate_until`, `loglikelihood` and `loglikelihood_rolling`.
+
+    Tokens, truncation, stop strings and defaults are those of lm-eval's `hf`. Where we differ: a text of an
+    encoder-decoder has `max_gen_toks` tokens at most (`hf` adds the length of the context); the token that ends a text
+    is no part of it (`hf` leaves one in that the tokenizer does not call special); the embeddings of a model with an
+    adapter keep their size (`hf` fits them to the tokenizer, which changes the softmax); log-likelihoods are summed in
+    fp32 or better whatever the model's precision.
+
+    Refuses encoders (BERT and its kind), which `hf` scores as if they were causal: use medvlm-text-encoder. Refuses
+    requests with images.
+    """
+
+    MULTIMODAL = False
+    card: ModelCard = ModelCard(
+        name="medvlm-lm",
+        family="generative",
+        summary="any causal or encoder-decoder language model of transformers, GGUF files too",
+    )
+
+    def model_class(self) -> Any:
+        """By what lm-eval's `hf` goes by as well.
+
+        Raises:
+            UserError: if it is an encoder, or no language model.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        )
+
+        kind = self.config.model_type
+        if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            return AutoModelForSeq2SeqLM
+        if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(self.config, "is_decoder", False):
+            raise UserError(
+                f"{self.pretrained} is an encoder ({kind}), which cannot generate, and whose likelihoods are no causal "
+                "model's: use --model medvlm-text-encoder."
+            )
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise UserError(f"{self.pretrained} is no language model that transformers knows ({kind}).")
+        return AutoModelForCausalLM
+
+    # --- tokens
+
+    def encode_prompt(self, arguments: Sequence[Any], room: int) -> Prompt:
+        """The context's last `room` tokens."""
+        self._refuse_images(arguments[1:])
+        context = str(arguments[0])
+        plain = not self.is_seq2seq and has_bos_prefix(context, self.tokenizer.bos_token)
+        ids = self._encode(context, add_special_tokens=False if plain else None)
+        if not ids:
+            raise UserError("A prompt has no tokens: this model cannot start from nothing.")
+        return Prompt(tuple(ids[-room:]), cut=max(0, len(ids) - room))
+
+    def encode_pair(self, arguments: Sequence[Any]) -> Scored:
+        """The context's last tokens that fit, and the continuation."""
+        self._refuse_images(arguments[2:])
+        context, continuation = str(arguments[0]), str(arguments[1])
+        if context:
+            context_ids, ids = TemplateLM._encode_pair(self, context, continuation)
+        else:
+            context_ids, ids = [self.prefix_token_id], self._encode(continuation, add_special_tokens=False)
+            if ids[:1] == context_ids:
+                context_ids, ids = ids[:1], ids[1:]
+        if not ids or not context_ids:
+            raise UserError(
+                f"Expected a continuation of one token or more, but got {continuation!r} after {context!r}."
+            )
+        return self._fitting(context_ids, ids)
+
+    def encode_windows(self, text: str) -> list[Scored]:
+        """Windows as lm-eval cuts them: each token is predicted once."""
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return [self._fitting(*make_disjoint_window(window)) for window in windows]
+
+    def _fitting(self, context_ids: Sequence[int], ids: Sequence[int]) -> Scored:
+        """A causal model reads all but the last token; of an encoder-decoder each half has the whole length."""
+        room = self.max_length if self.is_seq2seq else self.max_length + 1 - len(ids)
+        kept = context_ids[-room:] if room > 0 else ()
+        return Scored(Prompt(tuple(kept), cut=len(context_ids) - len(kept)), tuple(ids))
+
+    def _refuse_images(self, rest: Sequence[Any]) -> None:
+        if rest:
+            raise UserError(f"{self.card.name} takes text alone, but the task gives it {type(rest[0]).__name__} too.")
+
+    @property
+    def backend(self) -> str:
+        """`causal` or `seq2seq`, as lm-eval calls them."""
+        return "seq2seq" if self.is_seq2seq else "causal"
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the token that begins a text, else the one that ends it."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise UserError(f"The tokenizer of {self.pretrained} has neither a begin nor an end token to start from.")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Token ids; special tokens as the tokenizer adds them, but no second begin token."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+            add_special_tokens = False
+        return self._encode(string, add_special_tokens)
+
+    def _encode(self, string: str, add_special_tokens: bool | None) -> list[int]:
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer(string, verbose=False, **special)["input_ids"])
+
+    # --- chat templates
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval names its cache of requests by: the model's hash, not its path."""
+        return f"{self.card.name}@{(self.weights_sha256 or '')[:12]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that lm-eval writes into results; chosen as it does for `hf`."""
+        if chat_template and not self.tokenizer.chat_template:
+            raise UserError(f"{self.card.name} has no chat template: leave out --apply_chat_template.")
+        chosen: str | None = TemplateLM.chat_template(self, chat_template)
+        return chosen
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as one prompt; a template without a system role gets the conversation without it, logged.
+
+        Raises:
+            UserError: if there is no template, or it takes no such conversation.
+        """
+        from jinja2.exceptions import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{self.card.name} has no chat template: leave out --apply_chat_template.")
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        without = [message for message in chat_history if message["role"] != "system"]
+        try:
+            return self._templated(chat_history, options)
+        except TemplateError as error:
+            if len(without) == len(chat_history):
+                raise UserError(f"The chat template of {self.card.name} refuses the conversation: {error}") from error
+            _log.warning("the chat template of %s takes no system role: left out", self.card.name)
+            return self._templated(without, options)
+
+    def _templated(self, history: list[dict[str, str]], options: Mapping[str, bool]) -> str:
+        return str(self.tokenizer.apply_chat_template(history, tokenize=False, **options))

@@ -1,0 +1,300 @@
+"""What the backends built by transformers share: finding files, precision, quantisation, adapters, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.adapters import find_adapter
+from medvlm_harness.model_backends.batching import BatchSize
+from medvlm_harness.model_backends.cards import Source, card_beside
+from medvlm_harness.model_backends.checkpoints import (
+    Checkpoint,
+    gguf_checkpoint,
+    hub_folder,
+    tensor_shapes,
+    transformers_folder,
+)
+from medvlm_harness.model_backends.precision import PRECISIONS, choose_precision
+from medvlm_harness.model_backends.quantization import find_quantization, loading_options, quantize_loaded
+from medvlm_harness.model_backends.torch_backend import TorchBackend
+from medvlm_harness.model_backends.towers import refuse_key_mismatch
+
+__all__ = ["TransformersBackend"]
+
+_log = logging.getLogger("lm_eval.medvlm")
+
+CHECKPOINT_PRECISION = "checkpoint"
+
+
+class TransformersBackend(TorchBackend):
+    """A model that transformers builds without remote code.
+
+    `pretrained=` is a folder as transformers saves it, a name on the Hub (with `model_revision=`), or a GGUF file (also
+    a folder with `gguf_file=`), whose blocks are unpacked. `precision=checkpoint` is the format that the weights are
+    stored in. `quantization=` and `peft=`: see `quantization.py` and `adapters.py`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_revision: str | None = None,
+        gguf_file: str | None = None,
+        quantization: str | None = None,
+        peft: str | None = None,
+        max_length: int | None = None,
+        **options: Any,
+    ) -> None:
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+            raise UserError(f"Expected max_length to be 2 tokens or more, but got {max_length!r}.")
+        self.model_revision, self.gguf_file, self.max_length_asked = model_revision, gguf_file, max_length
+        self.quantization = find_quantization(quantization)
+        self.adapter = find_adapter(peft)
+        super().__init__(**options)
+        if self.quantization is not None:
+            self._check_quantization()
+        self.model_class()  # a checkpoint for another backend is refused before anything is read
+
+    def _check_quantization(self) -> None:
+        way = self.quantization
+        if way is None:
+            return
+        if self.is_gguf and way.library == "bitsandbytes":
+            raise UserError(f"quantization={way.name} cannot be used with a GGUF file: use int8-dynamic, or no GGUF.")
+        if way.alone:
+            if (self.batch_size or 1) > 1:
+                _log.warning("quantization=%s: batch_size=%s is not used, see below", way.name, self.batch_size)
+            _log.info("quantization=%s: items are computed one by one, else they would change each other", way.name)
+            self.batch_size = 1
+            self.batching = BatchSize(1)
+
+    # --- for subclasses
+
+    @abstractmethod
+    def model_class(self) -> Any:
+        """The class of transformers that builds the model, by its `from_pretrained`.
+
+        Raises:
+            UserError: if a checkpoint of this kind is for another backend.
+        """
+
+    # --- files
+
+    def locate(self) -> Checkpoint:
+        """The folder, GGUF file or Hub snapshot that `pretrained` names."""
+        path = Path(self.pretrained).expanduser()
+        if path.is_file() and path.suffix == ".gguf" and self.gguf_file is None:
+            path, self.gguf_file = path.parent, path.name
+        name = path.name if path.exists() else self.pretrained.rpartition("/")[2]
+        if path.is_dir():
+            self.folder = path
+        elif path.exists() or self.pretrained.startswith((".", "/", "~")) or self.pretrained.count("/") > 1:
+            raise UserError(
+                f"Expected pretrained to be a folder as transformers saves it, a .gguf file, or a name on the Hub, "
+                f"but got {self.pretrained}."
+            )
+        else:
+            self.folder = hub_folder(self.pretrained, revision=self.model_revision, gguf_file=self.gguf_file)
+            self.card = replace(self.card, source=Source(self.pretrained, self.model_revision))
+        if self.gguf_file is not None:
+            name = Path(self.gguf_file).stem
+        self.card = replace(self.card, name=name)
+        if self.gguf_file is not None:
+            return gguf_checkpoint(self.folder, self.gguf_file)
+        if not (self.folder / "config.json").is_file():
+            raise UserError(
+                f"Expected {self.folder} to hold config.json (transformers), but it has none. "
+                "A GGUF file in it is named by gguf_file=NAME.gguf."
+            )
+        return transformers_folder(self.folder)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights come in GGUF's blocks."""
+        return self.gguf_file is not None
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        """What every `from_pretrained` is told: this folder, no network, no remote code."""
+        gguf = {"gguf_file": self.gguf_file} if self.is_gguf else {}
+        return {"local_files_only": True, "trust_remote_code": False, **gguf}
+
+    @cached_property
+    def config(self) -> Any:
+        """Transformers' configuration."""
+        from transformers import AutoConfig
+
+        self._need_gguf()
+        with self._one_line("configuration"):
+            return AutoConfig.from_pretrained(self.folder, **self._source)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Transformers' tokenizer."""
+        from transformers import AutoTokenizer
+
+        self._need_gguf()
+        with self._one_line("tokenizer"):
+            return AutoTokenizer.from_pretrained(self.folder, **self._source, **self.tokenizer_options())
+
+    def tokenizer_options(self) -> dict[str, Any]:
+        """What the tokenizer is told beside its files."""
+        return {}
+
+    def _need_gguf(self) -> None:
+        if self.is_gguf and find_spec("gguf") is None:
+            raise UserError(
+                "A GGUF file needs the package gguf, which is not installed: pip install 'medvlm-harness[gguf]'"
+            )
+
+    @contextmanager
+    def _one_line(self, what: str) -> Iterator[None]:
+        # What transformers raises for files that it cannot read, from anywhere down to the parsers.
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"Cannot load the {what} of {self.pretrained} with transformers: {line}") from error
+
+    @cached_property
+    def max_length(self) -> int:
+        """The longest input in tokens: asked for, else as lm-eval finds it in the configuration and the tokenizer."""
+        if self.max_length_asked is not None:
+            return self.max_length_asked
+        from lm_eval.models.utils import resolve_max_length
+
+        return int(resolve_max_length(self.config, self.tokenizer))
+
+    # --- precision, quantisation, adapter
+
+    def choose_precision(self, asked: str) -> str:
+        """Adds `checkpoint`: as the weights are stored; those of a GGUF file are unpacked to fp32."""
+        if asked != CHECKPOINT_PRECISION:
+            return choose_precision(asked, self._device)
+        names = {dtype: name for name, dtype in PRECISIONS.items()}
+        dtype = torch.float32 if self.is_gguf else self._stored_dtype()
+        if dtype not in names:
+            raise UserError(
+                f"The weights of {self.pretrained} are stored as {dtype}: add precision=fp32, bf16 or fp16."
+            )
+        return names[dtype]
+
+    def _stored_dtype(self) -> torch.dtype | None:
+        """What config.json says, else the first floating tensor of the weights."""
+        try:
+            written = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.folder / 'config.json'}: not valid JSON: {error}") from error
+        parts = [written, written.get("text_config") or {}] if isinstance(written, Mapping) else []
+        named = [part.get(key) for part in parts if isinstance(part, Mapping) for key in ("dtype", "torch_dtype")]
+        for name in named:
+            dtype = getattr(torch, str(name).removeprefix("torch."), None)
+            if isinstance(dtype, torch.dtype):
+                return dtype
+        named_model = [path for path in self.checkpoint.weights if "model" in path.name]
+        return _first_dtype((named_model or self.checkpoint.weights)[0])
+
+    def quantization_identity(self) -> Mapping[str, Any] | None:
+        """Name, and the library's version."""
+        return None if self.quantization is None else self.quantization.identity()
+
+    def adapter_identity(self) -> Mapping[str, Any] | None:
+        """Hash, and PEFT's version."""
+        return None if self.adapter is None else self.adapter.identity()
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What is asked of the tokenizer, and where texts are cut."""
+        return {"max_length": self.max_length, "tokenizer": self.tokenizer_options()}
+
+    # --- loading
+
+    def load(self) -> None:
+        """Read the weights in the precision of the run, round them, put the adapter on."""
+        model_class = self.model_class()
+        self._need_gguf()
+        options = {**self._source, **loading_options(self.quantization, self.dtype, self._device)}
+        if self.is_gguf:
+            options |= _unpacked()
+        with self._one_line("model"):
+            model, info = model_class.from_pretrained(
+                self.folder, dtype=self.dtype, output_loading_info=True, **self.loading_options(), **options
+            )
+        self.check_keys(type(model).__name__, set(info["missing_keys"]), set(info["unexpected_keys"]))
+        self.parameters = int(model.num_parameters())
+        quantize_loaded(self.quantization, model)
+        if self.adapter is not None:
+            adapted = self.adapter.put_on(model)
+            self.parameters += self.adapter.parameters
+            model = adapted
+        self.model = model
+        self.after_loading(model)
+
+    def loading_options(self) -> dict[str, Any]:
+        """What a subclass tells `from_pretrained`."""
+        return {}
+
+    def after_loading(self, model: Any) -> None:
+        """Called with the loaded model, before it is moved."""
+
+    def check_keys(self, target: str, missing: set[str], unexpected: set[str]) -> None:
+        """Refuse weights that were left at random, or that no part of the model took."""
+        refuse_key_mismatch(self.pretrained, f"transformers' {target}", sorted(missing), sorted(unexpected))
+
+    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+        """On its device; its precision it has, and some parts keep another on purpose."""
+        rounded = self.quantization is not None and self.quantization.library == "bitsandbytes"
+        return model if rounded else model.to(self.device)
+
+    # --- results
+
+    def _complete_card(self) -> None:
+        """Adds the adapter's training data: what is not known of it, is not known of the whole."""
+        super()._complete_card()
+        if self.adapter is None:
+            return
+        added = card_beside(self.adapter.folder, replace(self.card, trained_on=None)).trained_on
+        both = None if added is None or self.card.trained_on is None else (*self.card.trained_on, *added)
+        self.card = replace(self.card, trained_on=both)
+
+    def describe(self) -> dict[str, Any]:
+        """Adds quantisation, adapter and the longest input."""
+        return {
+            **super().describe(),
+            "quantization": self.quantization_identity(),
+            "adapter": self.adapter_identity(),
+            "max_length": self.max_length,
+        }
+
+
+def _unpacked() -> dict[str, Any]:
+    """GGUF's blocks as plain weights: without this, numbers would depend on a package being installed (kernels)."""
+    import transformers
+
+    config: Callable[..., Any] | None = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _first_dtype(weights: Path) -> torch.dtype | None:
+    """The type of the first floating tensor, without reading any."""
+    if weights.suffix != ".safetensors":
+        found = (value.dtype for value in tensor_shapes(weights).values())
+        return next((dtype for dtype in found if dtype.is_floating_point), None)
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="pt") as file:
+        codes = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118  # no mapping
+    return next((_SAFETENSORS[code] for code in codes if code in _SAFETENSORS), None)
+
+
+_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
