@@ -3,7 +3,7 @@
 Importing this package imports nothing else: a line in a .pth file does so at every start of Python.
 """
 
-__all__ = ["DualEncoder", "LabelSet", "MedicalLM", "ModelCard", "Retrieval", "ZeroShot", "__version__"]
+__all__ = ["DualEncoder", "LabelSet", "MedicalLM", "ModelCard", "Retrieval", "Summarization", "ZeroShot", "__version__"]
 
 _LAZY = {
     "DualEncoder": "medvlm_harness.model_backends.dual_encoder",
@@ -11,6 +11,7 @@ _LAZY = {
     "MedicalLM": "medvlm_harness.model_backends.base",
     "ModelCard": "medvlm_harness.model_backends.cards",
     "Retrieval": "medvlm_harness.tracks.retrieval",
+    "Summarization": "medvlm_harness.tracks.summarization",
     "ZeroShot": "medvlm_harness.tracks.zero_shot",
 }
 

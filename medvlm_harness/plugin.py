@@ -4,6 +4,7 @@
 a finder that, when one of lm-eval's modules below is imported, runs that module and then one small patch:
 
     lm_eval.models                      register our model names, lazily
+    lm_eval.filters                     register our filter names, lazily
     lm_eval.tasks._index                add our task folder; check the YAML of folders that users include
     lm_eval.evaluator                   refuse what a model cannot do; add our details to the results
     lm_eval.evaluator_utils             let an aggregation bring its own standard error
@@ -110,19 +111,34 @@ def _apply(patch: "Patch", module: "ModuleType") -> None:
 def _register_models(module: "Any") -> None:
     from lm_eval.api import registry
 
+    _register(registry, registry.model_registry, model_targets())
+
+
+def _register_filters(module: "Any") -> None:
+    from lm_eval.api import registry
+
+    _register(registry, registry.filter_registry, _targets("lm_eval.filters"))
+
+
+def _register(registry: "Any", names: "Any", targets: "dict[str, str]") -> None:
     if hasattr(registry, "load_plugins"):
         return  # a newer lm-eval reads our entry points itself
-    for name, target in model_targets().items():
-        if name not in registry.model_registry:
-            registry.model_registry.register(name, target=target)
+    for name, target in targets.items():
+        if name not in names:
+            names.register(name, target=target)
 
 
 def model_targets() -> dict[str, str]:
-    """Model name -> "module:class", from our own entry points (another package's broken ones must not matter)."""
+    """Model name -> "module:class"."""
+    return _targets("lm_eval.models")
+
+
+def _targets(group: str) -> dict[str, str]:
+    """Names of one group of our own entry points (another package's broken ones must not matter)."""
     from importlib.metadata import distribution
 
     points = distribution("medvlm-harness").entry_points
-    return {point.name: point.value for point in points if point.group == "lm_eval.models"}
+    return {point.name: point.value for point in points if point.group == group}
 
 
 def tasks_folder() -> "Path":
@@ -265,6 +281,7 @@ def _misspelt(message: str) -> "str | None":
 
 _PATCHES = {
     "lm_eval.models": _register_models,
+    "lm_eval.filters": _register_filters,
     "lm_eval.tasks._index": _add_tasks,
     "lm_eval.evaluator": _wrap_evaluate,
     "lm_eval.evaluator_utils": _own_stderr,

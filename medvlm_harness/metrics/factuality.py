@@ -53,6 +53,7 @@ __all__ = [
     "is_cut_off",
     "is_repetitive",
     "omitted_findings",
+    "sentence_words",
     "unsupported_findings",
 ]
 
@@ -251,13 +252,18 @@ def is_repetitive(text: str) -> bool:
     A loop is the same one or two words three times in a row, the same three to eight words twice in a row, or the same
     four words three times anywhere.
     """
-    sentences = [tuple(words(sentence.lstrip("(0123456789.) "))) for sentence in split_sentences(text)]
+    sentences = [sentence_words(sentence) for sentence in split_sentences(text)]
     if any(count > 1 for sentence, count in Counter(sentences).items() if len(sentence) >= 3):
         return True
     said = words(text)
     if any(count >= 3 for count in Counter(zip(said, said[1:], said[2:], said[3:], strict=False)).values()):
         return True
     return any(_repeats(said, length, times=3 if length < 3 else 2) for length in range(1, 9))
+
+
+def sentence_words(sentence: str) -> tuple[str, ...]:
+    """A sentence's words in lower case, without its number in a list: what tells whether it was said before."""
+    return tuple(words(sentence.lstrip("(0123456789.) ")))
 
 
 def is_cut_off(text: str, *, hit_limit: bool | None = None) -> bool:

@@ -142,11 +142,10 @@ def _check(task: Any, lm: Any) -> dict[str, Any]:
 
 
 def _details(task: Any, contamination: Mapping[str, Any]) -> dict[str, Any]:
-    estimates = task.estimates(task.rows)
     return {
         **task.details(),
         "contamination": dict(contamination),
-        "metrics": {name: estimate.to_dict() for name, estimate in estimates.items()},
+        "metrics": {name: estimate.to_dict() for name, estimate in task.all_estimates().items()},
     }
 
 

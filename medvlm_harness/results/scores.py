@@ -23,11 +23,12 @@ SCHEMA = pa.schema(
         ("patient", pa.string()),
         ("image", pa.string()),  # file, relative to the data set's image root
         ("split", pa.string()),
-        ("label", pa.string()),  # the label, or the direction of a search: i2t, t2i
+        ("label", pa.string()),  # the label, the direction of a search (i2t, t2i, ...), or the metric of one text
         ("target", pa.int8()),  # 1, 0; null where unlabelled or left out
         ("margin", pa.float64()),
         ("probability", pa.float64()),
         ("rank", pa.float64()),  # expected rank of the study's own counterpart, from 1
+        ("value", pa.float64()),  # of a metric of one text
     ]
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["interval_table"]
@@ -32,10 +32,40 @@ def interval_table(medvlm: Mapping[str, Any]) -> str:
             )
     for task, reason in medvlm["unsupported"].items():
         rows.append((task, "n/a", *[""] * (len(HEADER) - 3), reason))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    lines_of_table = [_line(row, widths) for row in rows]
+    return "\n".join([*lines, "", *_table(rows), *_factuality_table(medvlm["tasks"])]) + "\n"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a Markdown table; the first row is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([*lines, "", lines_of_table[0], rule, *lines_of_table[1:]]) + "\n"
+    head, *rest = (_line(row, widths) for row in rows)
+    return [head, rule, *rest]
+
+
+def _factuality_table(tasks: Mapping[str, Any]) -> list[str]:
+    """What texts say that their source does not, and what they leave out, in one row: silence must not win.
+
+    A check is there with the model's rate, the human reference's on the same studies, and the difference.
+    """
+    rows: list[tuple[str, ...]] = []
+    for task, details in tasks.items():
+        by_filter: dict[str, dict[str, str]] = {}
+        for metric, estimate in details["metrics"].items():
+            if "reference" in estimate["extra"]:
+                name, _, pipeline = metric.partition(",")
+                by_filter.setdefault(pipeline or "none", {})[name] = _against_reference(estimate)
+        for pipeline, cells in by_filter.items():
+            rows = rows or [("Task", "Filter", *cells)]
+            rows.append((task, pipeline, *cells.values()))
+    return ["", "Factuality: model, human reference (difference)", "", *_table(rows)] if rows else []
+
+
+def _against_reference(estimate: Mapping[str, Any]) -> str:
+    value, reference, lift = estimate["value"], estimate["extra"]["reference"], estimate["extra"]["lift"]
+    if value is None or reference is None:
+        return "undefined" if value is None else f"{value:.3f}, undefined"
+    return f"{value:.3f}, {reference:.3f} ({lift:+.3f})"
 
 
 def _data_line(task: str, details: Mapping[str, Any]) -> str:

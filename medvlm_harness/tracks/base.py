@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
@@ -30,6 +30,7 @@ _log = logging.getLogger("lm_eval.medvlm")
 
 COMMON_KEYS = frozenset({"dataset", "hub", "aliases", "split", "label_source"})
 LABEL_SOURCE_ORDER = ("chexpert_labeler", "chexbert", "rules", "template", "mesh")
+NO_FILTER = "none"  # lm-eval's own name for it
 STAND_IN = "stand_in"  # marks the document of a process that has none of its own
 
 
@@ -40,10 +41,15 @@ class Row:
     study_id: str
     patient_id: str
     split: str
-    image: str  # file, relative to the data set's image root
+    image: str  # file, relative to the data set's image root; "" where the document is a report alone
 
     def __str__(self) -> str:
         return self.study_id
+
+    @property
+    def filter(self) -> str:
+        """The filter pipeline that the answer went through; most tracks have one."""
+        return NO_FILTER
 
 
 class Metric:
@@ -61,6 +67,14 @@ class Metric:
     def stderr(self, rows: Sequence[Any]) -> float:
         """Standard error, which lm-eval's table prints behind the value."""
         return float(self._estimates(rows)[self.name].stderr)
+
+
+class _Computed(NamedTuple):
+    """The rows of one filter pipeline in order, and their estimates."""
+
+    ids: tuple[int, ...]  # of the rows as objects
+    rows: Sequence[Any]
+    estimates: Mapping[str, Estimate]
 
 
 class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
@@ -98,10 +112,9 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         self._config = TaskConfig(
             task=name, task_alias=alias, output_type=self.OUTPUT_TYPE, num_fewshot=0, metadata=self.metadata
         )
-        self._filters = [build_filter_ensemble("none", [["take_first", None]])]
+        self._filters = [build_filter_ensemble(NO_FILTER, [["take_first", None]])]
         self._instances: list[Instance] | None = None
-        self._computed: tuple[tuple[int, ...], Mapping[str, Estimate]] | None = None
-        self.rows: Sequence[Any] = ()
+        self._computed: dict[str, _Computed] = {}  # by filter pipeline
         self._asked: Sequence[int] = ()  # by --samples
         self.fewshot_rnd = None
         if not isinstance(declared.get("dataset"), str):
@@ -116,7 +129,10 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
 
     @abstractmethod
     def make_documents(self) -> Iterable[dict[str, Any]]:
-        """The documents of the chosen splits: plain JSON values, ids and hashes, no text and no pixels."""
+        """The documents of the chosen splits: plain JSON values, ids and hashes, no pixels.
+
+        Text only where lm-eval's filters need it: --log_samples writes documents.
+        """
 
     @abstractmethod
     def metric_names(self) -> tuple[str, ...]:
@@ -202,10 +218,10 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
 
     # --- the ids that documents, rows and score records share
 
-    def document_ids(self, study: Study, image: Image) -> dict[str, Any]:
-        """How a document names its study and its image."""
+    def document_ids(self, study: Study, image: Image | None = None) -> dict[str, Any]:
+        """How a document names its study and, where it has one, its image."""
         ids = {"study_id": study.study_id, "patient_id": study.patient_id, "split": study.split}
-        return {**ids, "file": image.file, "image": image.sha256}
+        return ids if image is None else {**ids, "file": image.file, "image": image.sha256}
 
     def image_ref(self, doc: Mapping[str, Any]) -> ImageRef:
         """The request argument for the image of a document."""
@@ -213,7 +229,7 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
 
     def score_record(self, row: Row, label: str, **values: Any) -> dict[str, Any]:
         """One row of scores.parquet."""
-        ids = {"task": self.task_name, "study": row.study_id, "patient": row.patient_id, "image": row.image}
+        ids = {"task": self.task_name, "study": row.study_id, "patient": row.patient_id, "image": row.image or None}
         return {**ids, "split": row.split, "label": label, **values}
 
     # --- what lm-eval calls
@@ -229,13 +245,14 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         if not documents:
             raise UserError(
                 f"{self.task_name}: nothing to score in split {'+'.join(self.splits)} of {self.data.manifest.name}: "
-                f"its {len(self.studies)} studies have images of these views: {self._views() or 'none'}."
+                f"its {len(self.studies)} studies have {self.what_studies_have()}."
             )
         return documents
 
-    def _views(self) -> str:
+    def what_studies_have(self) -> str:
+        """What there is of what this task asks about, for the error where that is nothing."""
         views = Counter(image.view or "unknown" for study in self.studies for image in study.images)
-        return ", ".join(f"{view} {count}" for view, count in sorted(views.items()))
+        return "images of these views: " + (", ".join(f"{view} {views[view]}" for view in sorted(views)) or "none")
 
     def doc_iterator(
         self, *, rank: int = 0, limit: int | None = None, world_size: int = 1, samples: Sequence[int] | None = None
@@ -332,13 +349,28 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         """The row of one document from the responses to its requests."""
 
     def estimates(self, rows: Sequence[Any]) -> Mapping[str, Estimate]:
-        """All metrics, computed once for a set of rows whatever their order (processes return them interleaved)."""
-        key = tuple(sorted(map(id, rows)))
-        if self._computed is None or self._computed[0] != key:
+        """All metrics, computed once for a set of rows whatever their order (processes return them interleaved).
+
+        The rows are of one filter pipeline.
+        """
+        pipeline = rows[0].filter if rows else NO_FILTER
+        ids = tuple(sorted(map(id, rows)))
+        if pipeline not in self._computed or self._computed[pipeline].ids != ids:
             ordered = sorted(rows, key=lambda row: (row.study_id, row.image))
-            self._computed = (key, self.estimate(ordered))
-            self.rows = ordered
-        return self._computed[1]
+            self._computed[pipeline] = _Computed(ids, ordered, self.estimate(ordered))
+        return self._computed[pipeline].estimates
+
+    @property
+    def rows(self) -> Sequence[Any]:
+        """The rows that were scored, in order; of several filter pipelines, those of the first."""
+        return next((computed.rows for computed in self._computed.values()), ())
+
+    def all_estimates(self) -> dict[str, Estimate]:
+        """What was computed: each metric under its name, from a second filter pipeline on as `rougeL,no_prior`."""
+        found: dict[str, Estimate] = {}
+        for number, (pipeline, computed) in enumerate(self._computed.items()):
+            found |= {f"{name},{pipeline}" if number else name: one for name, one in computed.estimates.items()}
+        return found
 
     def aggregation(self) -> dict[str, Metric]:
         """Metric name -> aggregation with a standard error of its own."""
@@ -346,7 +378,11 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
 
     def higher_is_better(self) -> dict[str, bool]:
         """Metric name -> direction."""
-        return {name: not name.endswith("median_rank") for name in self.metric_names()}
+        return {name: name not in self.lower_is_better() for name in self.metric_names()}
+
+    def lower_is_better(self) -> frozenset[str]:
+        """The metrics of which less is better."""
+        return frozenset()
 
     def override_metric(self, metric_name: str) -> None:
         """Asked for by --predict_only, which these tasks do not honour: their metrics cost nothing beside the model."""

@@ -20,6 +20,7 @@ __all__ = ["TRACKS", "Summary", "check_file", "declared_names", "summarise", "ya
 TRACKS = {
     "ZeroShot": "medvlm_harness.tracks.zero_shot",
     "Retrieval": "medvlm_harness.tracks.retrieval",
+    "Summarization": "medvlm_harness.tracks.summarization",
 }
 _STRUCTURE = {"class", "task", "task_alias", "tag", "metadata"}
 _IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}

@@ -128,6 +128,10 @@ class Retrieval(MedicalTask):
         names = [f"{d}_recall@{k}{suffix}" for suffix in VARIANTS for d in DIRECTIONS for k in KS]
         return (*names, *(f"{d}_{what}" for d in DIRECTIONS for what in ("mrr", "median_rank")))
 
+    def lower_is_better(self) -> frozenset[str]:
+        """The median ranks."""
+        return frozenset(f"{direction}_median_rank" for direction in DIRECTIONS)
+
     def estimate(self, rows: Sequence[RetrievalRow]) -> Mapping[str, Estimate]:
         """All metrics: queries resampled by study, the gallery as it is."""
         estimates: dict[str, Estimate] = {}

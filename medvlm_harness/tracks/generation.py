@@ -1,0 +1,182 @@
+"""What tracks share in which a model writes: the prompt, lm-eval's filters over the answers, and rows of texts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any, ClassVar
+
+from lm_eval.api.instance import Instance
+from lm_eval.filters import build_filter_ensemble
+
+from medvlm_harness.data.records import Study
+from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.requests import Capability, Generation, PromptWithFloors
+from medvlm_harness.tracks.base import COMMON_KEYS, NO_FILTER, MedicalTask, Row
+
+__all__ = ["FilteredText", "GenerationTask", "TextRow"]
+
+PROMPT_FIELDS = ("findings", "impression", "indication", "comparison")
+
+
+class FilteredText(Generation):
+    """A generated text as a filter pipeline left it; `finished` is that of the text before."""
+
+    __slots__ = ("pipeline",)
+    pipeline: str
+
+    @classmethod
+    def of(cls, text: str, pipeline: str) -> FilteredText:
+        """The text, which some filters hand on as a plain string."""
+        filtered = cls(str(text), getattr(text, "finished", None))
+        filtered.pipeline = pipeline
+        return filtered
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FilteredText.of, (Generation(str(self), self.finished), self.pipeline)
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow(Row):
+    """What a model wrote about one study."""
+
+    text: str
+    finished: bool | None  # False where the longest allowed length ended it; None where the backend does not say
+    filter: str = NO_FILTER
+
+    __str__ = Row.__str__
+
+
+class GenerationTask(MedicalTask):
+    """`generate_until` requests: the task's prompt, filled from the study's report; any backend of lm-eval answers.
+
+    YAML: `dataset`, `prompt` (a text with {findings}, {impression}, {indication}, {comparison}), and optionally
+    `generation_kwargs` and `filter_list`, both as in lm-eval's own tasks. Metrics of the first filter pipeline are the
+    task's; those of further ones stand beside them.
+
+    --apply_chat_template and --system_instruction are honoured; there are no few-shot examples.
+    """
+
+    OUTPUT_TYPE: ClassVar[str] = "generate_until"
+    NEEDS: ClassVar[frozenset[Capability]] = frozenset({"generate_until"})
+    KEYS: ClassVar[frozenset[str]] = COMMON_KEYS | {"prompt", "generation_kwargs", "filter_list"}
+
+    def read_declaration(self) -> None:
+        """Check the prompt's fields, the generation options and the filters."""
+        self.prompt = self._checked_prompt(self.declared.get("prompt"))
+        options = self.declared.get("generation_kwargs") or {}
+        if not isinstance(options, Mapping):
+            raise UserError(f"{self.task_name}: expected generation_kwargs to be a mapping, but got {options!r}.")
+        self.generation_kwargs = dict(options)
+        if "filter_list" in self.declared:
+            self._filters = [self._pipeline(one) for one in self._filter_list(self.declared["filter_list"])]
+        self._chat: Callable[[str], str] = str
+
+    def _checked_prompt(self, prompt: Any) -> str:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{self.task_name}: expected `prompt:` to be a text, but got {prompt!r}.")
+        try:
+            fields = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+        except ValueError as error:
+            raise UserError(f"{self.task_name}: the prompt's braces do not match ({error}); double a literal one.") from error
+        for name in fields:
+            if name not in PROMPT_FIELDS:
+                raise UserError(
+                    f"{self.task_name}: the prompt asks for {{{name}}}.{near_matches(name, PROMPT_FIELDS)}"
+                )
+        return prompt
+
+    def _filter_list(self, declared: Any) -> Sequence[Mapping[str, Any]]:
+        if not isinstance(declared, list) or not declared or not all(isinstance(one, Mapping) for one in declared):
+            raise UserError(
+                f"{self.task_name}: expected filter_list to be a list of mappings with name and filter, "
+                f"but got {declared!r}."
+            )
+        names = [one.get("name") for one in declared]
+        if len(set(map(str, names))) < len(names):
+            raise UserError(f"{self.task_name}: expected each name in filter_list once, but got {names}.")
+        return declared
+
+    def _pipeline(self, declared: Mapping[str, Any]) -> Any:
+        steps = declared.get("filter")
+        known = isinstance(steps, list) and all(isinstance(step, Mapping) and "function" in step for step in steps)
+        if set(declared) != {"name", "filter"} or not known or not steps:
+            raise UserError(
+                f"{self.task_name}: expected each entry of filter_list to have a name and a filter, a list of "
+                f"{{function: ...}}, but got {dict(declared)!r}."
+            )
+        components = [[step["function"], {k: v for k, v in step.items() if k != "function"}] for step in steps]
+        try:
+            return build_filter_ensemble(str(declared["name"]), components)
+        except KeyError as error:
+            raise UserError(f"{self.task_name}: filter_list names a filter that lm-eval does not know: {error}.") from error
+
+    # --- for subclasses
+
+    @abstractmethod
+    def make_documents(self) -> Iterator[dict[str, Any]]:
+        """Documents with `source`, what the text is written from, and `target`, the reference (see `document`)."""
+
+    def floors_of(self, doc: Mapping[str, Any]) -> Mapping[str, str]:
+        """Kind of floor -> what it writes for a document; for `medvlm-baseline`, and extractive encoders (`copy`)."""
+        return {}
+
+    # --- documents and requests
+
+    def document(self, study: Study, *, source: str, target: str, **more: Any) -> dict[str, Any]:
+        """A document of a study, with the prompt filled in."""
+        parts = {name: getattr(study, name).strip() for name in PROMPT_FIELDS}
+        prompt = self.prompt.format(**parts)
+        return {**self.document_ids(study), "prompt": prompt, "source": source, "target": target, **more}
+
+    def doc_to_text(self, doc: Mapping[str, Any]) -> str:
+        """The prompt."""
+        return str(doc["prompt"])
+
+    def build_all_requests(
+        self,
+        *,
+        system_instruction: str | None = None,
+        chat_template: Callable[..., str] | None = None,
+        **options: Any,
+    ) -> None:
+        """As for all tasks, and with the model's chat template where one is asked for."""
+        system = [{"role": "system", "content": system_instruction}] if system_instruction else []
+
+        def as_chat(prompt: str) -> str:
+            if chat_template is None:
+                return f"{system_instruction}\n\n{prompt}" if system_instruction else prompt
+            return chat_template([*system, {"role": "user", "content": prompt}], add_generation_prompt=True)
+
+        self._chat = as_chat
+        super().build_all_requests(**options)
+
+    def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Instance:
+        """The prompt, with what floors would answer beside it."""
+        prompt = PromptWithFloors(self._chat(doc["prompt"]), self.floors_of(doc))
+        return Instance("generate_until", doc, (prompt, dict(self.generation_kwargs)), 0, metadata=kwargs["metadata"])
+
+    def apply_filters(self) -> None:
+        """Each pipeline's answers, which say of which pipeline they are."""
+        super().apply_filters()
+        for instance in self._instances or ():
+            filtered = instance.filtered_resps
+            instance.filtered_resps = {name: FilteredText.of(text, name) for name, text in filtered.items()}
+
+    def make_row(self, doc: Mapping[str, Any], results: Sequence[str]) -> TextRow:
+        """What was written about one study."""
+        text = results[0]
+        ids = doc["study_id"], doc["patient_id"], doc["split"]
+        # Models begin with the blank after "Impression:".
+        return TextRow(*ids, "", text.strip(), getattr(text, "finished", None), getattr(text, "pipeline", NO_FILTER))
+
+    def details(self) -> dict[str, Any]:
+        """Adds how the model was asked."""
+        return {
+            **super().details(),
+            "prompt": self.prompt,
+            "generation_kwargs": self.generation_kwargs,
+            "filters": [pipeline.name for pipeline in self._filters],
+        }

@@ -1,0 +1,60 @@
+"""Labels and entities of the texts that a run scores, each distinct text read once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from medvlm_harness.labelers.base import Labeler, labeler_from_text
+
+if TYPE_CHECKING:
+    from medvlm_harness.labelers.entities import EntityExtractor
+
+__all__ = ["ReportReader"]
+
+Labels = Mapping[str, int | None]
+
+
+class ReportReader:
+    """Reads texts by a labeler and by the entity extractor, which are made at first use.
+
+    Args:
+        labeler: as for `medvlm label`: "rules", or "chexbert,path=...".
+    """
+
+    def __init__(self, labeler: str = "rules") -> None:
+        self.labeler_asked = labeler
+        self._labels: dict[str, Labels] = {}
+        self._entities: dict[str, Mapping[str, Any]] = {}
+
+    @cached_property
+    def labeler(self) -> Labeler:
+        """The labeler."""
+        return labeler_from_text(self.labeler_asked)
+
+    @cached_property
+    def extractor(self) -> EntityExtractor:
+        """The entity extractor."""
+        from medvlm_harness.labelers.entities import EntityExtractor
+
+        return EntityExtractor()
+
+    def labels(self, text: str) -> Labels:
+        """CheXpert's observations in a text; None throughout where there is nothing to read."""
+        if text not in self._labels:
+            self._labels[text] = self.labeler.label(text)
+        return self._labels[text]
+
+    def entities(self, text: str) -> Mapping[str, Any]:
+        """The entities of a text as in RadGraph's JSON."""
+        if text not in self._entities:
+            self._entities[text] = self.extractor.extract(text)["entities"]
+        return self._entities[text]
+
+    def versions(self) -> dict[str, str]:
+        """What read the texts, to stand in every result."""
+        return {
+            "labeler": f"{self.labeler.name} {self.labeler.version}",
+            "entities": f"{self.extractor.name} {self.extractor.version}",
+        }
