@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # On a CPU memory runs out by the process being killed, and beyond this size nothing gets faster (ViT-B/32, two cores:
-# 31 to 33 images/s in fp32 and 98 to 144 in bf16 at every size from 8 to 128).
+# 31 to 36 images/s in fp32 and 107 to 153 in bf16 at every size from 8 to 64).
 CPU_SIZE = 64
 LARGEST = 1024  # tried on a GPU
 

@@ -19,6 +19,7 @@ import torch
 
 from medvlm_harness.data.records import file_sha256
 from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.allocation import keep_freed_memory
 from medvlm_harness.model_backends.base import MedicalLM
 from medvlm_harness.model_backends.batching import BatchSize
 from medvlm_harness.model_backends.cards import card_beside
@@ -114,6 +115,8 @@ class TorchBackend(MedicalLM):
         """Load the model if it is not; in its precision, on its device, in evaluation mode."""
         if self.loaded:
             return
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # some kernels run on the current one, wherever their tensors are
         if self.precision == "fp32":
