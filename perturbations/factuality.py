@@ -65,7 +65,7 @@ class DropUnsupported(_SentenceFilter):
     """`drop_unsupported`: sentences with a finding that the document's source denies, or neither has nor suspects.
 
     Args:
-        labeler: as for `medvlm label`, for example "rules" or "chexbert,path=...".
+        labeler: as for `medvlm label`, for example "rules" or "chexbert,weights=FILE".
     """
 
     def __init__(self, labeler: str = "rules") -> None:

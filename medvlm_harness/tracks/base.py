@@ -110,7 +110,12 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         self.metadata_keys = frozenset(metadata) - self.metadata.keys() - {"config_source"}
         self.declared = declared
         self._config = TaskConfig(
-            task=name, task_alias=alias, output_type=self.OUTPUT_TYPE, num_fewshot=0, metadata=self.metadata
+            task=name,
+            task_alias=alias,
+            output_type=self.OUTPUT_TYPE,
+            generation_kwargs=self._lm_eval_options(declared),
+            num_fewshot=0,
+            metadata=self.metadata,
         )
         self._filters = [build_filter_ensemble(NO_FILTER, [["take_first", None]])]
         self._instances: list[Instance] | None = None
@@ -120,6 +125,13 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         if not isinstance(declared.get("dataset"), str):
             raise UserError(f"{name}: expected `dataset:` to name a prepared set, but got {declared.get('dataset')!r}.")
         self.read_declaration()
+
+    def _lm_eval_options(self, declared: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The `generation_kwargs` for lm-eval's own config, which warns of a task that generates and has none."""
+        if self.OUTPUT_TYPE != "generate_until":
+            return None
+        options = declared.get("generation_kwargs")
+        return dict(options) if isinstance(options, Mapping) else {}
 
     # --- for subclasses
 

@@ -80,12 +80,12 @@ class GenerationTask(MedicalTask):
         try:
             fields = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
         except ValueError as error:
-            raise UserError(f"{self.task_name}: the prompt's braces do not match ({error}); double a literal one.") from error
+            raise UserError(
+                f"{self.task_name}: the prompt's braces do not match ({error}); double a literal one."
+            ) from error
         for name in fields:
             if name not in PROMPT_FIELDS:
-                raise UserError(
-                    f"{self.task_name}: the prompt asks for {{{name}}}.{near_matches(name, PROMPT_FIELDS)}"
-                )
+                raise UserError(f"{self.task_name}: the prompt asks for {{{name}}}.{near_matches(name, PROMPT_FIELDS)}")
         return prompt
 
     def _filter_list(self, declared: Any) -> Sequence[Mapping[str, Any]]:
@@ -111,7 +111,9 @@ class GenerationTask(MedicalTask):
         try:
             return build_filter_ensemble(str(declared["name"]), components)
         except KeyError as error:
-            raise UserError(f"{self.task_name}: filter_list names a filter that lm-eval does not know: {error}.") from error
+            raise UserError(
+                f"{self.task_name}: filter_list names a filter that lm-eval does not know: {error}."
+            ) from error
 
     # --- for subclasses
 

@@ -20,7 +20,7 @@ class ReportReader:
     """Reads texts by a labeler and by the entity extractor, which are made at first use.
 
     Args:
-        labeler: as for `medvlm label`: "rules", or "chexbert,path=...".
+        labeler: as for `medvlm label`: "rules", or "chexbert,weights=FILE".
     """
 
     def __init__(self, labeler: str = "rules") -> None:

@@ -95,7 +95,7 @@ class Summarization(GenerationTask):
             "constant": [constant] * len(sources),
             "lead": leads(sources),
             "copy": copies(sources),
-            "tfidf": nearest_summaries(*zip(*pairs, strict=True), sources),
+            "tfidf": nearest_summaries([source for source, _ in pairs], [text for _, text in pairs], sources),
         }
         ids = [doc["study_id"] for doc in self.documents]
         return {kind: dict(zip(ids, texts[kind], strict=True)) for kind in FLOORS}
@@ -142,7 +142,7 @@ class Summarization(GenerationTask):
     def details(self) -> dict[str, Any]:
         """Adds what was left out, what read the texts, and label F1 of each label."""
         no_findings = sum(not study.findings.strip() for study in self.studies)
-        no_impression = sum(not study.impression.strip() for study in self.studies) 
+        no_impression = sum(not study.impression.strip() for study in self.studies)
         per_label = self._scorer_of(self.rows).label_estimates([row.text for row in self.rows]) if self.rows else {}
         return {
             **super().details(),

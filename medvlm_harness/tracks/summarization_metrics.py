@@ -63,7 +63,9 @@ class SummaryScorer:
     def __init__(self, items: SummaryItems, reader: ReportReader) -> None:
         self.items, self.reader = items, reader
         self._scored: dict[tuple[int, str], NDArray[np.float64]] = {}
-        self._parts = dict(zip(PARTS, (np.ones(len(items.study_ids), bool), np.array(items.abnormal, bool)), strict=True))
+        self._parts = dict(
+            zip(PARTS, (np.ones(len(items.study_ids), bool), np.array(items.abnormal, bool)), strict=True)
+        )
         self._reference_labels = self._labels_of(items.references)
         self._floors: dict[str, dict[str, float]] | None = None
 
@@ -95,9 +97,13 @@ class SummaryScorer:
         estimates = label_f1_estimates(
             self._reference_labels, self._labels_of(texts), self.items.study_ids, uncertain=UNCERTAIN
         )
-        return {name: estimate for name, estimate in estimates.items() if name.partition("_")[0] not in ("micro", "macro")}
+        return {
+            name: estimate for name, estimate in estimates.items() if name.partition("_")[0] not in ("micro", "macro")
+        }
 
-    def _score_estimates(self, part: str, chosen: NDArray[np.bool_], scores: NDArray[np.float64]) -> dict[str, Estimate]:
+    def _score_estimates(
+        self, part: str, chosen: NDArray[np.bool_], scores: NDArray[np.float64]
+    ) -> dict[str, Estimate]:
         names = [f"{name}{part}" for name in PER_STUDY]
         if not chosen.any():
             return {name: self._none_abnormal() for name in names}
@@ -114,7 +120,9 @@ class SummaryScorer:
             for name, estimate, values, how in zip(names, estimates, floors, settings, strict=True)
         }
 
-    def _label_estimates(self, part: str, chosen: NDArray[np.bool_], labels: NDArray[np.float64]) -> dict[str, Estimate]:
+    def _label_estimates(
+        self, part: str, chosen: NDArray[np.bool_], labels: NDArray[np.float64]
+    ) -> dict[str, Estimate]:
         names = [f"{name}{part}" for name in LABELS]
         if not chosen.any():
             return {name: self._none_abnormal() for name in names}
