@@ -16,7 +16,8 @@ def interval_table(medvlm: Mapping[str, Any]) -> str:
     rows = [HEADER]
     for task, details in medvlm["tasks"].items():
         lines.append(_data_line(task, details))
-        for i, (metric, estimate) in enumerate(details["metrics"].items()):
+        shown = _without_unchanged(details["metrics"])
+        for i, (metric, estimate) in enumerate(shown.items()):
             rows.append(
                 (
                     task if i == 0 else "",
@@ -27,12 +28,26 @@ def interval_table(medvlm: Mapping[str, Any]) -> str:
                     "" if estimate["positives"] is None else str(estimate["positives"]),
                     "" if estimate["floor"] is None else _number(estimate["floor"]),
                     "" if estimate["ceiling"] is None else _number(estimate["ceiling"]),
-                    estimate["reason"] or "",
+                    _note(estimate),
                 )
             )
     for task, reason in medvlm["unsupported"].items():
         rows.append((task, "n/a", *[""] * (len(HEADER) - 3), reason))
     return "\n".join([*lines, "", *_table(rows), *_factuality_table(medvlm["tasks"])]) + "\n"
+
+
+def _without_unchanged(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics without those of a second filter pipeline that it left as they were."""
+    plain = {name: estimate["value"] for name, estimate in metrics.items() if "," not in name}
+    unchanged = {name for name in metrics if "," in name and metrics[name]["value"] == plain[name.partition(",")[0]]}
+    return {name: estimate for name, estimate in metrics.items() if name not in unchanged}
+
+
+def _note(estimate: Mapping[str, Any]) -> str:
+    """Why there is no value, or what each kind of floor scores where there are several."""
+    floors = estimate["extra"].get("floors", {})
+    several = ", ".join(f"{kind} {_number(value)}" for kind, value in floors.items())
+    return "; ".join(filter(None, (estimate["reason"], several)))
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

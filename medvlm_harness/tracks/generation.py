@@ -69,7 +69,6 @@ class GenerationTask(MedicalTask):
         options = self.declared.get("generation_kwargs") or {}
         if not isinstance(options, Mapping):
             raise UserError(f"{self.task_name}: expected generation_kwargs to be a mapping, but got {options!r}.")
-        self.generation_kwargs = dict(options)
         if "filter_list" in self.declared:
             self._filters = [self._pipeline(one) for one in self._filter_list(self.declared["filter_list"])]
         self._chat: Callable[[str], str] = str
@@ -115,6 +114,11 @@ class GenerationTask(MedicalTask):
                 f"{self.task_name}: filter_list names a filter that lm-eval does not know: {error}."
             ) from error
 
+    @property
+    def generation_kwargs(self) -> dict[str, Any]:
+        """The YAML's, with what --gen_kwargs says; a new copy each time, as stock backends take keys out."""
+        return dict(self._config.generation_kwargs or {})
+
     # --- for subclasses
 
     @abstractmethod
@@ -158,7 +162,7 @@ class GenerationTask(MedicalTask):
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Instance:
         """The prompt, with what floors would answer beside it."""
         prompt = PromptWithFloors(self._chat(doc["prompt"]), self.floors_of(doc))
-        return Instance("generate_until", doc, (prompt, dict(self.generation_kwargs)), 0, metadata=kwargs["metadata"])
+        return Instance("generate_until", doc, (prompt, self.generation_kwargs), 0, metadata=kwargs["metadata"])
 
     def apply_filters(self) -> None:
         """Each pipeline's answers, which say of which pipeline they are."""
@@ -182,3 +186,7 @@ class GenerationTask(MedicalTask):
             "generation_kwargs": self.generation_kwargs,
             "filters": [pipeline.name for pipeline in self._filters],
         }
+
+    def dump_config(self) -> dict[str, Any]:
+        """Adds the generation options as run."""
+        return {**super().dump_config(), "generation_kwargs": self.generation_kwargs}

@@ -88,3 +88,41 @@ def test_lm_evals_table_is_followed_by_ours(results: Any) -> None:
     assert table.startswith(plain)
     assert table.count("95% interval") == 1
     assert "i2t_recall@1_label_overlap" in table.partition("95% interval")[2]
+
+
+def of_text(**changes: Estimate) -> str:
+    metrics = {
+        "rougeL": Estimate(0.3, 0.1, (0.2, 0.4), 9, floor=0.5, extra={"floors": {"constant": 0.5, "copy": 0.125}}),
+        "omission": Estimate(0.2, 0.1, (0.1, 0.3), 9, extra={"reference": 0.15, "lift": 0.05}),
+        "omission_lift": Estimate(0.05, 0.1, (-0.1, 0.1), 9),
+        **changes,
+    }
+    return interval_table(block(metrics={name: estimate.to_dict() for name, estimate in metrics.items()}))
+
+
+def test_every_kind_of_floor_is_named_where_there_are_several() -> None:
+    assert cells(of_text())[2][-1] == "constant 0.5000, copy 0.1250"
+
+
+def test_checks_stand_in_one_row_beside_the_human_rate() -> None:
+    header, _, row = cells(of_text().partition("Factuality")[2])
+    assert header == ["Task", "Filter", "omission"]
+    assert row == ["t", "none", "0.200, 0.150 (+0.050)"]
+    assert "Factuality" not in interval_table(block())
+
+
+def test_an_undefined_check_says_so() -> None:
+    undefined = Estimate.undefined("no pair", n=0).to_dict() | {"extra": {"reference": None, "lift": None}}
+    whole = block(metrics={"laterality_conflict": undefined})
+    assert cells(interval_table(whole).partition("Factuality")[2])[2] == ["t", "none", "undefined"]
+
+
+def test_a_second_filter_has_a_row_of_factuality_and_of_what_it_changed_alone() -> None:
+    filtered = Estimate(0.2, 0.1, (0.1, 0.3), 9, extra={"reference": 0.15, "lift": 0.05})
+    table = of_text(**{"rougeL,no_prior": Estimate(0.4, 0.1, (0.2, 0.4), 9), "omission,no_prior": filtered})
+    numbers, _, checks = table.partition("Factuality")
+    assert [row[1] for row in cells(numbers)[2:]] == [
+        *("rougeL", "omission", "omission_lift", "rougeL,no_prior"),
+        "n/a",
+    ]
+    assert [row[:2] for row in cells(checks)[2:]] == [["t", "none"], ["t", "no_prior"]]

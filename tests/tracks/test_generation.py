@@ -86,6 +86,14 @@ def test_no_request_shares_its_options_with_another(folder: Path) -> None:
     assert made.instances[1].arguments[1] == {"until": ["\n"]}
 
 
+def test_gen_kwargs_of_the_command_line_go_over_those_of_the_yaml(folder: Path) -> None:
+    made = task(folder, generation_kwargs={"until": ["\n"], "max_gen_toks": 8})
+    made.set_config(key="generation_kwargs", value={"max_gen_toks": 16}, update=True)  # as lm-eval does
+    made.build_all_requests()
+    assert made.instances[0].arguments[1] == {"until": ["\n"], "max_gen_toks": 16}
+    assert made.details()["generation_kwargs"] == {"until": ["\n"], "max_gen_toks": 16}
+
+
 def test_a_chat_template_and_a_system_instruction_are_applied(folder: Path) -> None:
     made = task(folder)
     seen = []
