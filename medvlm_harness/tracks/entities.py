@@ -23,7 +23,6 @@ from medvlm_harness.tracks.entity_answers import parse_entities
 from medvlm_harness.tracks.entity_metrics import (
     ANNOTATION,
     MESH,
-    MESH_LABELS,
     PARSING,
     AnnotationScorer,
     ListScorer,
@@ -39,7 +38,7 @@ __all__ = ["Entities", "EntityListing"]
 
 AGAINST_CODES = (
     "findings listed as present or uncertain, by their words, against the findings that the indexers of Open-i coded "
-    "(metrics/mesh_findings.yaml); and CheXpert's labels of the list, read by the labeler, against those of the codes"
+    "(metrics/mesh_findings.yaml)"
 )
 AGAINST_ANNOTATIONS = (
     "words of observations with their status, as sets per report; places and relations are not compared, and words "
@@ -56,13 +55,12 @@ class EntityListing(GenerationTask):
     labelers/entities.py score, which is no floor.
     """
 
-    RUNTIME_KEYS: ClassVar[frozenset[str]] = GenerationTask.RUNTIME_KEYS | {"labeler"}
     SCORES: ClassVar[tuple[str, ...]]
 
     def read_declaration(self) -> None:
-        """Adds the labeler."""
+        """Adds what reads reports by rules."""
         super().read_declaration()
-        self.reader = ReportReader(str(self.runtime.get("labeler", "rules")))
+        self.reader = ReportReader()
         self._scorer: tuple[Sequence[str], ListScorer] | None = None
 
     # --- for subclasses
@@ -126,7 +124,7 @@ class EntityListing(GenerationTask):
         finished = [row.finished for row in self.rows if row.finished is not None]
         return {
             **super().details(),
-            "read_by": self.reader.versions(),
+            "read_by": {"entities": self.reader.entities_version},
             "constant_floor": self._constant,
             "answers_cut": sum(not one for one in finished) if finished else None,
         }
@@ -158,7 +156,7 @@ class Entities(EntityListing):
 
     def scores(self) -> tuple[str, ...]:
         """Those of the truth that the run has."""
-        return ANNOTATION if "gold" in self.runtime else (*MESH, *MESH_LABELS)
+        return ANNOTATION if "gold" in self.runtime else MESH
 
     @cached_property
     def gold(self) -> Mapping[str, AnnotatedReport] | None:

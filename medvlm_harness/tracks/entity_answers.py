@@ -35,7 +35,7 @@ _STRENGTH = {"present": 0, "uncertain": 1, "absent": 2}
 _OPPOSITE: dict[Status, Status] = {"present": "absent", "absent": "present", "uncertain": "present"}
 _YES, _NO = frozenset({"true", "yes", "1"}), frozenset({"false", "no", "0"})
 _EDGES = " \t\r\n\"'`*_.,;:!|<>#"
-_BULLET = re.compile(r"(?:[•‣·] ?|(?:[-*+–—]|\(?\d{1,3}[.):]|\(?[A-Za-z][.)]) )")
+_BULLET = re.compile(r"(?:[•‣·] ?|(?:[-*+–—]|\(?\d{1,3}[.):]|\(?[A-Za-z][.)]) ){1,3}")  # "- 1. effusion"
 _CHECKBOX = re.compile(r"(?m)^[^\S\n]*+[-*+] \[([ xX])\] ?([^\n]*+)$")
 _RULE = re.compile(r"[-=_*|:` +~.]*+")
 _PIECES = re.compile(r"[,;.] | (?=\d{1,2}[.)] )")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +19,17 @@ from medvlm_harness.metrics.mesh import (
     described_findings,
     entity_phrases,
     mesh_f1_estimates,
-    mesh_findings_version,
-    mesh_label_estimates,
 )
 from medvlm_harness.metrics.radgraph import Entities
 from medvlm_harness.tracks.entity_answers import EntityAnswer
-from medvlm_harness.tracks.report_reading import Labels, ReportReader
+from medvlm_harness.tracks.report_reading import ReportReader
 
 __all__ = ["PARSING", "AnnotationScorer", "ListScorer", "MeshScorer", "best_constant_findings", "parsing_estimates"]
 
 PARSING = ("answers_parsed", "items_unparsed")
 RULES = "rules"  # beside the floors: what the entity extractor of this package scores, which has read the report
 MESH = ("mesh_f1", "mesh_precision", "mesh_recall")
-MESH_LABELS = {"mesh_label_f1_micro": "micro_14", "mesh_label_f1_macro": "macro_14"}
 ANNOTATION = ("entity_f1", "entity_words_f1", "status_agreement")
-_SENTENCES = {"present": "{}.", "absent": "No {}.", "uncertain": "Possible {}."}
 
 
 class ListScorer(Protocol):
@@ -93,12 +89,15 @@ def best_constant_findings(coded: Sequence[frozenset[str]]) -> tuple[str, ...]:
 class MeshScorer:
     """Lists against the codes that human indexers gave each study.
 
+    CheXpert's labels of a list are not compared: a labeler reads them as well from a copied report, whatever a model
+    made of it.
+
     Args:
         study_ids: of the studies, all of them coded.
         terms: their MeSH terms.
         reports: their texts, which the rules read.
         floors: kind -> a list per study.
-        reader: reads reports, and labels what is listed.
+        reader: reads the reports.
     """
 
     def __init__(
@@ -110,52 +109,29 @@ class MeshScorer:
         reader: ReportReader,
     ) -> None:
         self.study_ids, self.terms, self.reader = study_ids, terms, reader
-        self._floors = {kind: self._values(_found(lists), self._labels(lists)) for kind, lists in floors.items()}
-        by_rules = [entity_phrases(reader.entities(report)) for report in reports]
-        self._rules = self._values(by_rules, [reader.labels(report) for report in reports])
+        self._floors = {kind: self._values(_found(lists)) for kind, lists in floors.items()}
+        self._rules = self._values([entity_phrases(reader.entities(report)) for report in reports])
 
     def estimates(self, listed: Sequence[Listed]) -> dict[str, Estimate]:
-        """Micro F1, precision and recall of findings, and micro and macro F1 of CheXpert's labels."""
-        found = self._computed(_found(listed), self._labels(listed), resamples=1000)
-        return {
-            name: replace(one, floor=_best(v[name] for v in self._floors.values()), extra=self._extra(name, one))
-            for name, one in found.items()
-        }
+        """Micro F1, precision and recall of findings."""
+        found = mesh_f1_estimates(_found(listed), self.terms, self.study_ids)
+        return {name: self._beside(name, estimate) for name, estimate in found.items()}
 
     def per_study(self, listed: Sequence[Listed]) -> Mapping[str, NDArray[np.float64]]:
         """F1 of each study; NaN where nothing is coded and nothing listed."""
         known = [coded_findings(terms) or frozenset() for terms in self.terms]
         counts = count_matches(zip(map(described_findings, _found(listed)), known, strict=True))
-        return {"mesh_f1": ratio_or_nan(2.0 * counts.matched, (counts.predicted + counts.annotated).astype(np.float64))}
+        either = (counts.predicted + counts.annotated).astype(np.float64)
+        return {"mesh_f1": ratio_or_nan(2.0 * counts.matched.astype(np.float64), either)}
 
-    def _extra(self, name: str, estimate: Estimate) -> dict[str, Any]:
-        versions = self.reader.versions()
-        by = f"mesh_findings.yaml {mesh_findings_version()}" if name in MESH else versions["labeler"]
-        floors = {**{kind: values[name] for kind, values in self._floors.items()}, RULES: self._rules[name]}
-        rules = versions["entities" if name in MESH else "labeler"]
-        return {**estimate.extra, "floors": floors, "computed_by": by, RULES: rules}
+    def _beside(self, name: str, estimate: Estimate) -> Estimate:
+        floors = {kind: values[name] for kind, values in self._floors.items()}
+        extra = {"floors": {**floors, RULES: self._rules[name]}, RULES: self.reader.entities_version}
+        return replace(estimate, floor=_best(floors.values()), extra={**estimate.extra, **extra})
 
-    def _values(self, phrases: Sequence[Sequence[str]], labels: Sequence[Labels]) -> dict[str, float]:
-        return {name: one.value for name, one in self._computed(phrases, labels, resamples=1).items()}
-
-    def _computed(
-        self, phrases: Sequence[Sequence[str]], labels: Sequence[Labels], *, resamples: int
-    ) -> dict[str, Estimate]:
-        found = mesh_f1_estimates(phrases, self.terms, self.study_ids, resamples=resamples)
-        by_label = mesh_label_estimates(labels, self.terms, self.study_ids, resamples=resamples)
-        return found | {name: by_label[key] for name, key in MESH_LABELS.items()}
-
-    def _labels(self, listed: Sequence[Listed]) -> list[Labels]:
-        return [self.reader.labels(as_sentences(one)) for one in listed]
-
-
-def as_sentences(listed: Listed) -> str:
-    """A list as a report would say it, for a labeler.
-
-    >>> as_sentences([("effusion", "absent"), ("pneumonia", "uncertain")])
-    'No effusion. Possible pneumonia.'
-    """
-    return " ".join(_SENTENCES[status].format(phrase.rstrip(".")) for phrase, status in listed)
+    def _values(self, phrases: Sequence[Sequence[str]]) -> dict[str, float]:
+        found = mesh_f1_estimates(phrases, self.terms, self.study_ids, resamples=1)
+        return {name: estimate.value for name, estimate in found.items()}
 
 
 def _found(listed: Sequence[Listed]) -> list[list[str]]:
@@ -219,7 +195,7 @@ class AnnotationScorer:
 
     def _beside(self, name: str, estimate: Estimate) -> Estimate:
         floors = {kind: values[name] for kind, values in self._floors.items()}
-        extra = {"floors": {**floors, RULES: self._rules[name]}, RULES: self.reader.versions()["entities"]}
+        extra = {"floors": {**floors, RULES: self._rules[name]}, RULES: self.reader.entities_version}
         if self._ceilings is not None:
             extra["ceiling_is"] = "the second annotator's observations, scored as a list against the first's"
         return replace(

@@ -64,6 +64,7 @@ FINDINGS = st.lists(st.tuples(PHRASES, STATUSES), min_size=1, max_size=6)
         "There is no pleural effusion.\nThere is a mass.\n?edema",
         "pleural effusion is not seen\nmass noted\nedema possible",
         "1. no pleural effusion 2. mass 3. possible edema",
+        "- 1. No pleural effusion.\n- 2. Mass.\n- 3. Possible edema.",
         "- [ ] pleural effusion\n- [x] mass\n- possible edema",
     ],
 )  # fmt: skip
