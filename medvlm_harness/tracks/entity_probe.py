@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from medvlm_harness.data.records import Dataset, Study
 from medvlm_harness.errors import UserError
+from medvlm_harness.labelers.entities import EntityExtractor
 from medvlm_harness.metrics.bootstrap import bootstrap_columns
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.matches import (
@@ -27,6 +28,7 @@ from medvlm_harness.metrics.radgraph import entity_span_counts
 from medvlm_harness.requests import Capability, TextRef, TokenVectors
 from medvlm_harness.tracks.base import COMMON_KEYS, MedicalTask, Row
 from medvlm_harness.tracks.entities import annotators, first_annotation
+from medvlm_harness.tracks.entity_metrics import RULES
 from medvlm_harness.tracks.radgraph_set import RadGraphSet, find_radgraph
 from medvlm_harness.training.token_probe import OUTSIDE, TokenProbe, bio_tags, entities_of, word_vectors
 
@@ -64,7 +66,8 @@ class EntityProbe(MedicalTask):
     --limit and --samples choose among the test reports; the training reports are always asked for.
 
     The annotations are the user's own: --metadata radgraph=PATH, or the environment variable MEDVLM_RADGRAPH. The floor
-    tags each word as the training split mostly does, and knows nothing of context.
+    tags each word as the training split mostly does, and knows nothing of context; beside it stands what the rules of
+    labelers/entities.py score, which learn nothing.
     """
 
     OUTPUT_TYPE: ClassVar[str] = "embed_tokens"
@@ -181,12 +184,21 @@ class EntityProbe(MedicalTask):
         counts, names = self._counts(found, gold), self.metric_names()
         floors = _values(self._counts(_reports(texts, [self._lookup(text) for text in texts]), gold))
         ceilings = self._human(ids)
+        extractor = EntityExtractor()
+        rules = _values(self._counts([extractor.extract_tokens(text.split(" ")) for text in texts], gold))
         estimates = bootstrap_columns(
             lambda weights: _statistic(counts, weights),
             np.array(ids),
             positives=[int(np.mean([one.annotated.sum() for one in counts[name]])) for name in names],
-            floors=[None if np.isnan(floors[name]) else floors[name] for name in names],
-            extras=[{"floor_is": "the most frequent tag of each word in the training split"}] * len(names),
+            floors=[_defined(floors[name]) for name in names],
+            extras=[
+                {
+                    "floor_is": "the most frequent tag of each word in the training split",
+                    "floors": {"most_frequent_tag": _defined(floors[name]), RULES: _defined(rules[name])},
+                    RULES: f"{extractor.name} {extractor.version}",
+                }
+                for name in names
+            ],
         )
         return {name: replace(one, ceiling=ceilings.get(name)) for name, one in zip(names, estimates, strict=True)}
 
@@ -275,6 +287,10 @@ def most_frequent_tags(reports: Sequence[Report], tags: Sequence[Sequence[str]])
 
 def _reports(texts: Sequence[str], tags: Sequence[Sequence[str]]) -> list[Report]:
     return [{"text": text, "entities": entities_of(text, own)} for text, own in zip(texts, tags, strict=True)]
+
+
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else value
 
 
 def _only(report: Report, label: str | None) -> Report:

@@ -132,6 +132,16 @@ def test_the_floor_is_each_words_most_frequent_tag(radgraph_files: Any, scored: 
     assert scored.estimates["entity_span_f1"].floor == pytest.approx(np.mean(each))
 
 
+def test_the_rules_are_named_beside_it(radgraph_files: Any, scored: Scored) -> None:
+    # They stand in for the first annotator here.
+    gold = [annotated(radgraph_files, name) for name in ("labeler_1", "labeler_2")]
+    estimate = scored.estimates["entity_span_f1"]
+    each = [entity_span_f1(gold[0], one) for one in gold]
+    assert each[0] == 1.0
+    assert estimate.extra["floors"]["rules"] == pytest.approx(np.mean(each))
+    assert estimate.extra["rules"].startswith("rules ")
+
+
 def test_unknown_words_are_outside() -> None:
     tagger = most_frequent_tags([{"text": "No Mass ."}], [["O", "B-OBS-DA", "O"]])
     assert tagger("mass or edema") == ["B-OBS-DA", "O", "O"]
