@@ -77,6 +77,9 @@ def evaluate_with_details(
     full = MedvlmResults(results)
     if getattr(lm, "world_size", 1) > 1 and "samples" in full:
         full["samples"] |= {name: task.as_one_process(full["samples"][name]) for name, task in running.items()}
+    for name, task in running.items():  # lm-eval also counts documents that a probe learns from
+        full["n-samples"][name] = {**full["n-samples"][name], "effective": len(task.rows)}
+        full["results"][name]["sample_len"] = len(task.rows)
     for name, reason in refused.items():
         _add_refused(full, name, tasks[name], reason)
     full["medvlm"] = {
