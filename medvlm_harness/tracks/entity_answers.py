@@ -31,6 +31,7 @@ __all__ = ["EntityAnswer", "ListedFinding", "Status", "parse_entities"]
 
 MOST_WORDS = 40  # of an item of a list; a longer one is prose
 MOST_WORDS_BARE = 12  # of one without a bullet or quotes
+_LONGEST_DENIAL = 200  # characters at a list's start that are looked at for "no A, B or C"
 _STRENGTH = {"present": 0, "uncertain": 1, "absent": 2}
 _OPPOSITE: dict[Status, Status] = {"present": "absent", "absent": "present", "uncertain": "present"}
 _YES, _NO = frozenset({"true", "yes", "1"}), frozenset({"false", "no", "0"})
@@ -178,7 +179,7 @@ class _Reading:
         statuses: list[Status | None] = [status]
         for key, _, value in pairs:
             flag = value.strip().lower() if isinstance(value, str) else ""
-            own = status_of(key)
+            own = _heading_status(key)
             if key in NEGATION_KEYS and flag in _YES:
                 statuses.append("absent")
             elif own is not None and flag in _YES | _NO:
@@ -272,7 +273,7 @@ class _Reading:
     def _list(self, pieces: Sequence[str], status: Status | None, most: int) -> None:
         """Pieces between commas: a status belongs to the piece before it, and "no A, B or C" denies all three."""
         alternatives = [k for k, piece in enumerate(pieces) if piece.lower().startswith("or ")]
-        shared = _own_status(pieces[0])[1] if alternatives else ()
+        shared = _own_status(pieces[0][:_LONGEST_DENIAL])[1] if alternatives else ()
         k = 0
         while k < len(pieces):
             phrase, said = _split_status(pieces[k])
@@ -301,8 +302,9 @@ def _only_status(value: JsonObject) -> bool:
 
 
 def _heading_status(title: str) -> Status | None:
-    """The status of "absent findings", None of "findings"."""
-    return status_of(" ".join(word for word in title.split() if word not in HEADER_WORDS))
+    """The status of "absent findings"; None of "findings", and of "0", which is a number there."""
+    said = status_of(" ".join(word for word in title.split() if word not in HEADER_WORDS))
+    return said if any(map(str.isalpha, title)) else None
 
 
 def _is_header(title: str) -> bool:

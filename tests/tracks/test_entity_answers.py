@@ -118,6 +118,8 @@ def test_cut_json_is_read_as_far_as_it_goes(findings: list[tuple[str, Status]], 
         ('[{"entity": "heart", "finding": "enlarged"}]', ("heart enlarged", "present")),
         ('[{"finding": "mass", "location": "left apex", "status": "absent"}]', ("mass left apex", "absent")),
         ('[{"finding": "mass", "severity": "none", "status": "absent"}]', ("mass", "absent")),
+        ('{"0": "mass"}', ("mass", "present")),  # a number, not CheXpert's 0
+        ('{"0": {"finding": "mass", "status": "present"}}', ("mass", "present")),
         ('{"heart": "enlarged"}', ("heart enlarged", "present")),
         ('{"lungs": "no mass"}', ("lungs mass", "absent")),
         ("- lungs: no mass", ("lungs mass", "absent")),
@@ -211,7 +213,7 @@ def test_nothing_makes_it_raise(text: str) -> None:
 @pytest.mark.parametrize(
     "pattern",
     ["no ", "no,", "a: ", "- ", "- a\n", "a, b ", "or a, ", "(", "a (", "1. ", "there is ", "|", "| a ", "* [ ] a\n",
-     "?", '{"a": ', '[{"finding": "a", ', "status: ", "finding: a\n", "a - ", " ", "\n", "a is not present "],
+     "?", '{"a": ', '[{"finding": "a", ', "no no, or ", "status: ", "finding: a\n", "a - ", "\n", "a is not present "],
 )  # fmt: skip
 def test_time_grows_with_the_length_and_no_faster(pattern: str) -> None:
     def seconds(times: int) -> float:
