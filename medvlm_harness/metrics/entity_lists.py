@@ -91,12 +91,13 @@ def listed_entities(listed: Listed, *, without: AbstractSet[str] = frozenset()) 
     for _, status in listed:
         if status not in LABEL_OF_STATUS:
             raise ValueError(f"Expected a status among {', '.join(LABEL_OF_STATUS)}, but got {status!r}.")
-    return _as_entities((word, LABEL_OF_STATUS[s]) for phrase, s in listed for word in _content(phrase) - without)
+    said = ((word, LABEL_OF_STATUS[status]) for phrase, status in listed for word in _content(phrase))
+    return _as_entities((word, label) for word, label in said if word not in without)
 
 
 def observation_entities(entities: Entities) -> Entities:
     """The observations of a report, word by word and without relations."""
-    return _as_entities(_observed_words(entities))
+    return _as_entities(sorted(_observed_words(entities)))
 
 
 def observed_words_list(entities: Entities) -> list[tuple[str, str]]:
@@ -155,8 +156,9 @@ def _observed_words(entities: Entities) -> set[tuple[str, str]]:
     return found
 
 
-def _content(phrase: str) -> set[str]:
-    return set(words(phrase)) - _FUNCTION_WORDS
+def _content(phrase: str) -> list[str]:
+    """Its distinct words in order, without function words."""
+    return [word for word in dict.fromkeys(words(phrase)) if word not in _FUNCTION_WORDS]
 
 
 def _as_entities(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
