@@ -93,10 +93,11 @@ def parse_entities(text: str) -> EntityAnswer:
 
 
 class _Waiting(NamedTuple):
-    """A finding whose status may stand in the next line; `listed` where it counts without one."""
+    """A finding whose status may stand in the next line."""
 
     phrase: str = ""
-    listed: bool = False
+    listed: bool = False  # it counts without one
+    bulleted: bool = False  # else it is a heading, and with nothing below it an item that says nothing
 
 
 class _Reading:
@@ -236,20 +237,27 @@ class _Reading:
                 self._status_line(waiting, status_of(rest))
                 waiting = _Waiting()
                 continue
-            if waiting.listed:
-                self._item(waiting.phrase, heading)
+            is_heading = title.endswith(":") or line.startswith("#") or _is_header(title)
+            self._leave(waiting, heading, empty=is_heading)
             waiting = _Waiting()
-            if title.endswith(":") or line.startswith("#") or _is_header(title):
+            if is_heading:
                 heading = _heading_status(key)
-                waiting = _Waiting("" if heading or _is_header(key) else key)
+                if not (heading or _is_header(key)):
+                    waiting = _Waiting(key, bulleted=bullet is not None)
             elif key in NAME_KEYS and rest and _split_status(rest)[1] is None:
                 waiting = _Waiting(rest, listed=True)
             elif rest and (key in NAME_KEYS or _is_header(key)):  # "Findings: effusion, edema"
                 self._line(rest, heading, bulleted=bullet is not None and key in NAME_KEYS)
             else:
                 self._line(body, heading, bulleted=bullet is not None)
+        self._leave(waiting, heading, empty=True)
+
+    def _leave(self, waiting: _Waiting, heading: Status | None, *, empty: bool) -> None:
+        """Another line came, or none, than the status that was waited for; `empty`: nothing stands below."""
         if waiting.listed:
             self._item(waiting.phrase, heading)
+        elif waiting.bulleted and empty:
+            self.unparsed += 1
 
     def _status_line(self, waiting: _Waiting, said: Status | None) -> None:
         """A line that holds the status of the finding above it."""

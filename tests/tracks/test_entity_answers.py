@@ -180,6 +180,8 @@ def test_an_empty_list_is_a_list(text: str) -> None:
         ('{"a": null}', 1),
         ('[{"status": "absent"}]', 1),
         ("Status: absent", 1),
+        ("1. Chest x-ray:\n2. Biopsy:\n", 2),
+        ("Here is the list:\n", 0),
     ],
 )
 def test_what_is_no_list_is_none_and_counted(text: str, unparsed: int) -> None:
@@ -192,6 +194,8 @@ def test_what_cannot_be_read_leaves_the_rest() -> None:
     answer = parse_entities('[{"finding": "mass", "status": "present"}, null, 17, {"finding": "x", "status": [1]}]')
     assert (answer.findings, answer.unparsed) == ((MASS,), 3)
     prose = "the patient was seen in the clinic and then went home with his wife and his two children"
+    groups = parse_entities("1. Lungs:\n   - mass\n2. Heart:\n   - no edema\n3. Bones:")
+    assert ([f.phrase for f in groups.findings], groups.unparsed) == (["mass", "edema"], 1)
     lines = parse_entities(f"- mass: present\n{prose}\n- edema: uncertain")
     assert (lines.findings, lines.unparsed) == ((MASS, EDEMA), 1)
 
