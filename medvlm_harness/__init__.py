@@ -3,13 +3,28 @@
 Importing this package imports nothing else: a line in a .pth file does so at every start of Python.
 """
 
-__all__ = ["DualEncoder", "LabelSet", "MedicalLM", "ModelCard", "Retrieval", "Summarization", "ZeroShot", "__version__"]
+__all__ = [
+    "DualEncoder",
+    "Entities",
+    "EntityProbe",
+    "LabelSet",
+    "MedicalLM",
+    "ModelCard",
+    "RadGraphEntities",
+    "Retrieval",
+    "Summarization",
+    "ZeroShot",
+    "__version__",
+]
 
 _LAZY = {
     "DualEncoder": "medvlm_harness.model_backends.dual_encoder",
+    "Entities": "medvlm_harness.tracks.entities",
+    "EntityProbe": "medvlm_harness.tracks.entity_probe",
     "LabelSet": "medvlm_harness.requests",
     "MedicalLM": "medvlm_harness.model_backends.base",
     "ModelCard": "medvlm_harness.model_backends.cards",
+    "RadGraphEntities": "medvlm_harness.tracks.radgraph_entities",
     "Retrieval": "medvlm_harness.tracks.retrieval",
     "Summarization": "medvlm_harness.tracks.summarization",
     "ZeroShot": "medvlm_harness.tracks.zero_shot",

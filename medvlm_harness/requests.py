@@ -2,10 +2,11 @@
 
 lm-eval calls `getattr(lm, request_type)(instances)`. Beside its own `loglikelihood` and `generate_until` there are
 
-| request type | arguments                                         | response                                     |
-|--------------|---------------------------------------------------|----------------------------------------------|
-| `embed`      | one `ImageRef` or one `TextRef`                   | `Embedding`: float32, unit length, (d,)      |
-| `classify`   | one `ImageRef` or one `TextRef`, and a `LabelSet` | `LabelScores`: margin (L,), probability (L,) |
+| request type   | arguments                                         | response                                        |
+|----------------|---------------------------------------------------|-------------------------------------------------|
+| `embed`        | one `ImageRef` or one `TextRef`                   | `Embedding`: float32, unit length, (d,)         |
+| `embed_tokens` | one `TextRef`                                     | `TokenVectors`: float32 (tokens, d) and offsets |
+| `classify`     | one `ImageRef` or one `TextRef`, and a `LabelSet` | `LabelScores`: margin (L,), probability (L,)    |
 
 Our backends answer `generate_until` with a `Generation`, a string that says whether the model came to an end.
 
@@ -37,6 +38,7 @@ __all__ = [
     "LabelSet",
     "PromptWithFloors",
     "TextRef",
+    "TokenVectors",
     "floors_of",
 ]
 
@@ -45,6 +47,7 @@ Capability = Literal[
     "classify:text",
     "embed:image",
     "embed:text",
+    "embed_tokens",
     "generate_until",
     "loglikelihood",
     "loglikelihood_rolling",
@@ -137,6 +140,17 @@ class Embedding:
             raise ValueError(f"Expected a stored embedding, but got {len(stored)} other bytes.")
         vector = np.frombuffer(stored, dtype="<f4", offset=1).astype(np.float32)
         return cls(vector, None if stored[0] == 0 else stored[0] == 2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenVectors:
+    """The tokens of one text, without special ones; those that did not fit into the model are left out."""
+
+    vectors: NDArray[np.float32]  # (tokens, d), of any length
+    offsets: tuple[tuple[int, int], ...]  # characters of the text, end excluded
+
+    def __str__(self) -> str:
+        return f"token_vectors@{hashlib.sha256(self.vectors.tobytes()).hexdigest()[:12]}"
 
 
 class Generation(str):

@@ -16,7 +16,7 @@ from lm_eval.utils import simple_parse_args_string
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.ranks import Ranks
-from medvlm_harness.requests import Capability, Embedding, LabelScores
+from medvlm_harness.requests import Capability, Embedding, LabelScores, TokenVectors
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,10 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     def embed(self, requests: Sequence[Instance]) -> list[Embedding]:
         """Unit vectors of images or texts."""
         raise self._cannot("embed")
+
+    def embed_tokens(self, requests: Sequence[Instance]) -> list[TokenVectors]:
+        """Vectors of the tokens of texts."""
+        raise self._cannot("embed_tokens")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations."""

@@ -70,7 +70,7 @@ class TextEncoderBackend(TextVectors):
     """
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
-        {"classify:text", "embed:text", "generate_until", "loglikelihood"}
+        {"classify:text", "embed:text", "embed_tokens", "generate_until", "loglikelihood"}
     )
     card: ModelCard = ModelCard(
         name="medvlm-text-encoder",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from lm_eval.api.instance import Instance
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from medvlm_harness.errors import UserError
@@ -21,9 +19,9 @@ from medvlm_harness.model_backends.sentence_layout import SentenceLayout, read_l
 from medvlm_harness.model_backends.sequences import pad
 from medvlm_harness.model_backends.towers import refuse_key_mismatch
 from medvlm_harness.model_backends.transformers_backend import TransformersBackend
-from medvlm_harness.requests import Capability, Embedding, ImageRef, TextRef
+from medvlm_harness.requests import Capability, Embedding, ImageRef, TextRef, TokenVectors
 
-__all__ = ["TextVectors", "TokenVectors", "text_of"]
+__all__ = ["TextVectors", "text_of"]
 
 _log = logging.getLogger("lm_eval.medvlm")
 
@@ -31,15 +29,10 @@ _log = logging.getLogger("lm_eval.medvlm")
 _SHIFTED = {"camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
 
 
-class TokenVectors(NamedTuple):
-    """The tokens of one text, without special ones; those that did not fit are left out."""
-
-    vectors: NDArray[np.float32]  # (tokens, d)
-    offsets: tuple[tuple[int, int], ...]  # characters of the text, end excluded
-
-
 class TextVectors(TransformersBackend):
     """`embed`: the mean of the last layer over a text's tokens, special ones included, scaled to length 1.
+
+    `embed_tokens`: the last layer at each of them, special ones left out, of any length. No vector of it is stored.
 
     So sentence-transformers has it; a folder of theirs that pools by the first token is pooled so. Texts that are too
     long lose their end, which the answer tells.
@@ -50,7 +43,7 @@ class TextVectors(TransformersBackend):
     """
 
     MULTIMODAL = False
-    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"embed:text"})
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"embed:text", "embed_tokens"})
 
     def __init__(self, *, lower_case: bool | Literal["auto"] = "auto", **options: Any) -> None:
         if lower_case not in (True, False, "auto"):
@@ -168,6 +161,13 @@ class TextVectors(TransformersBackend):
         texts = [text_of(request.arguments[0], self.card.name) for request in requests]
         self._encode_new(texts)
         return [self._vectors[text] for text in texts]
+
+    def embed_tokens(self, requests: Sequence[Instance]) -> list[TokenVectors]:
+        """Token vectors of one text per request; each distinct text is encoded once."""
+        texts = [text_of(request.arguments[0], self.card.name) for request in requests]
+        distinct = list(dict.fromkeys(texts))
+        found = dict(zip(distinct, self.encode_tokens(distinct), strict=True))
+        return [found[text] for text in texts]
 
     def _encode_new(self, texts: Sequence[str]) -> None:
         new = {str(TextRef(text)): text for text in texts if text not in self._vectors}

@@ -82,7 +82,14 @@ class EntityExtractor:
         >>> extracted["text"], extracted["entities"]["1"]["label"]
         ('No effusion .', 'Observation::definitely absent')
         """
-        tokens = [token.text for token in self._engine.parse(text) if not token.is_space]
+        return self.extract_tokens([token.text for token in self._engine.parse(text) if not token.is_space])
+
+    def extract_tokens(self, tokens: Sequence[str]) -> dict[str, Any]:
+        """As `extract`, of a text that is tokenised, so that the spans fit another annotation of the same tokens.
+
+        Args:
+            tokens: without white space in them.
+        """
         doc = self._engine.parse_tokens([self._lexicon.spelt(token) for token in tokens])
         spans = self._spans(tokens, [token.text for token in doc])
         spans = self._with_status(doc, spans)

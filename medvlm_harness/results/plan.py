@@ -80,7 +80,7 @@ def distinct_inputs(task: Any) -> tuple[dict[ImageRef, None], dict[str, None]]:
     """The images and texts that a task asks about, each once and in order."""
     images: dict[ImageRef, None] = {}
     texts: dict[str, None] = {}
-    for document in task.documents:
+    for _, document in task.doc_iterator():
         built = task.construct_requests(document, "", metadata=(task.task_name, 0, 1))
         for request in built if isinstance(built, list) else [built]:
             for argument in request.arguments:

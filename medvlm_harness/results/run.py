@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,6 +58,7 @@ def evaluate_with_details(
     if tasks and len(refused) == len(tasks):
         raise UserError("The model can do none of the tasks: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
     running = {name: task for name, task in ours.items() if name not in refused}
+    _refuse_unknown_metadata(ours.values(), lm)
     contamination = {name: _check(task, lm) for name, task in running.items()}
     supported = {name: task for name, task in tasks.items() if name not in refused}
     data = {f"data of {name}": task.data.sha256 for name, task in running.items()}
@@ -76,6 +77,9 @@ def evaluate_with_details(
     full = MedvlmResults(results)
     if getattr(lm, "world_size", 1) > 1 and "samples" in full:
         full["samples"] |= {name: task.as_one_process(full["samples"][name]) for name, task in running.items()}
+    for name, task in running.items():  # lm-eval also counts documents that a probe learns from
+        full["n-samples"][name] = {**full["n-samples"][name], "effective": len(task.rows)}
+        full["results"][name]["sample_len"] = len(task.rows)
     for name, reason in refused.items():
         _add_refused(full, name, tasks[name], reason)
     full["medvlm"] = {
@@ -116,14 +120,19 @@ def _in_words(capability: str) -> str:
     return f"{request} {kind}s" if kind else request
 
 
+def _refuse_unknown_metadata(tasks: Iterable[Any], lm: Any) -> None:
+    """Refuse a --metadata key that no task of the run reads; one of them alone may (`gold` of the entities)."""
+    if not hasattr(lm, "options"):
+        return
+    tasks = list(tasks)
+    known = frozenset().union(*(task.RUNTIME_KEYS for task in tasks))
+    for task in tasks:
+        for key in sorted(task.metadata_keys - known - lm.options()):
+            raise UserError(f"{task.task_name}: unknown key {key!r} in --metadata.{near_matches(key, known)}")
+
+
 def _check(task: Any, lm: Any) -> dict[str, Any]:
-    """Refuse unknown --metadata keys and contaminated splits; what is known of contamination otherwise."""
-    if hasattr(lm, "options"):
-        known = task.RUNTIME_KEYS | lm.options()
-        for key in sorted(task.metadata_keys - known):
-            raise UserError(
-                f"{task.task_name}: unknown key {key!r} in --metadata.{near_matches(key, task.RUNTIME_KEYS)}"
-            )
+    """Refuse contaminated splits; what is known of contamination otherwise."""
     card = getattr(lm, "card", None)
     trained_on = getattr(card, "trained_on", None)
     if trained_on is None:

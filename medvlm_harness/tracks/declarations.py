@@ -21,6 +21,9 @@ TRACKS = {
     "ZeroShot": "medvlm_harness.tracks.zero_shot",
     "Retrieval": "medvlm_harness.tracks.retrieval",
     "Summarization": "medvlm_harness.tracks.summarization",
+    "Entities": "medvlm_harness.tracks.entities",
+    "RadGraphEntities": "medvlm_harness.tracks.radgraph_entities",
+    "EntityProbe": "medvlm_harness.tracks.entity_probe",
 }
 _STRUCTURE = {"class", "task", "task_alias", "tag", "metadata"}
 _IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}

@@ -56,5 +56,10 @@ class ReportReader:
         """What read the texts, to stand in every result."""
         return {
             "labeler": f"{self.labeler.name} {self.labeler.version}",
-            "entities": f"{self.extractor.name} {self.extractor.version}",
+            "entities": self.entities_version,
         }
+
+    @property
+    def entities_version(self) -> str:
+        """What read entities."""
+        return f"{self.extractor.name} {self.extractor.version}"

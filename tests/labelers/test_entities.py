@@ -46,6 +46,30 @@ def test_a_snippet_is_annotated_as_radgraph_would(extractor: EntityExtractor, sn
     assert relations(extracted) == set(snippet["relations"])
 
 
+def test_tokens_that_are_given_stay_as_they_are(extractor: EntityExtractor) -> None:
+    tokens = [
+        "___",
+        "has",
+        "no",
+        "4",
+        ".",
+        "2",
+        "cm",
+        "mass",
+        ",",
+        "+/-",
+        "edema",
+        ".",
+    ]  # spaCy would cut the first and "+/-"
+    extracted = extractor.extract_tokens(tokens)
+    assert extracted["text"].split(" ") == tokens
+    assert "mass ON" in entities(extracted)
+    for entity in extracted["entities"].values():
+        assert entity["tokens"] == " ".join(tokens[entity["start_ix"] : entity["end_ix"] + 1])
+    own = extractor.extract(extracted["text"])
+    assert extractor.extract_tokens(own["text"].split(" ")) == own
+
+
 def test_tokens_are_words_and_single_marks_and_indices_point_at_them(extractor: EntityExtractor) -> None:
     extracted = extractor.extract("No ill-defined (4.2 cm) mass;  XXXX effusion?")
     tokens = extracted["text"].split(" ")

@@ -173,7 +173,8 @@ def test_token_vectors_are_the_last_layer_with_the_characters_they_stand_for(
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     for size in (1, 8):
         found = ours(folder, batch_size=size).encode_tokens((*TEXTS, LONG))
-        for text, (token_vectors, offsets) in zip((*TEXTS, LONG), found, strict=True):
+        for text, one in zip((*TEXTS, LONG), found, strict=True):
+            token_vectors, offsets = one.vectors, one.offsets
             ids = tokenizer(text, return_tensors="pt", truncation=True)["input_ids"]
             with torch.inference_mode():
                 hidden = model(ids).last_hidden_state[0, 1:-1].numpy()
@@ -210,7 +211,9 @@ def test_entities_of_real_words_are_learnt_from_token_vectors(
     sides = []
     for documents in ([document() for _ in range(40)], [document() for _ in range(20)]):
         vectors = backend.encode_tokens([one["text"] for one in documents])
-        features = [word_vectors(one["text"], *own) for one, own in zip(documents, vectors, strict=True)]
+        features = [
+            word_vectors(one["text"], own.vectors, own.offsets) for one, own in zip(documents, vectors, strict=True)
+        ]
         sides.append((features, [bio_tags(one) for one in documents]))
     (train, tags), (test, expected) = sides
     assert span_f1(TokenProbe().fit(train, tags).predict(test), expected) > 0.9

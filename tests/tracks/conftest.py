@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from lm_eval.api.instance import Instance
 
+from medvlm_harness.data.records import Dataset
 from medvlm_harness.metrics.estimate import Estimate
 
 
@@ -47,3 +50,45 @@ def score() -> Callable[..., Scored]:
         return Scored(documents, answers, rows, estimates, task.details(), list(task.score_records(task.rows)))
 
     return run
+
+
+class RadGraphFiles(NamedTuple):
+    """A synthetic copy of RadGraph: demo reports, with the extractor's entities in the place of annotations."""
+
+    folder: Path
+    train: dict[str, Any]
+    dev: dict[str, Any]
+    test: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def radgraph_files(demo: Dataset, tmp_path_factory: pytest.TempPathFactory) -> RadGraphFiles:
+    """train.json, dev.json and test.json; in the last a second annotator who missed every fourth entity."""
+    from medvlm_harness.labelers.entities import EntityExtractor
+
+    extractor = EntityExtractor()
+    texts = sorted({study.findings for study in demo.studies if study.findings})[:90]
+    reports = [extractor.extract(text) for text in texts]
+    parts = {
+        "train": {f"p10/p{10_000_000 + k}/s{k}.txt": one for k, one in enumerate(reports[0::2])},
+        "dev": {f"dev/{k}": one for k, one in enumerate(reports[1::4])},
+        "test": {
+            f"test/{k}": {
+                "text": one["text"],
+                "labeler_1": {"entities": one["entities"]},
+                "labeler_2": {"entities": _without_every_fourth(one["entities"])},
+            }
+            for k, one in enumerate(reports[3::4])
+        },
+    }
+    folder = tmp_path_factory.mktemp("radgraph")
+    for name, content in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return RadGraphFiles(folder, **parts)
+
+
+def _without_every_fourth(entities: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: one for k, (key, one) in enumerate(entities.items()) if k % 4}
+    return {
+        key: {**one, "relations": [pair for pair in one["relations"] if pair[1] in kept]} for key, one in kept.items()
+    }
