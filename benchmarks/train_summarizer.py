@@ -21,6 +21,7 @@ from tokenizers.decoders import Metaspace
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from medvlm_harness.data.records import Study
+from medvlm_harness.model_backends.allocation import keep_freed_memory
 from medvlm_harness.plugin import tasks_folder
 from medvlm_harness.tracks.summarization import Summarization
 
@@ -39,17 +40,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(common.THREADS)
+    keep_freed_memory()
     torch.manual_seed(0)
     pairs = _pairs()
     tokenizer = _tokenizer([text for pair in pairs for text in pair])
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=256,
+            d_model=192,
             d_kv=32,
-            d_ff=768,
-            num_layers=4,
-            num_heads=8,
+            d_ff=512,
+            num_layers=3,
+            num_heads=6,
             dropout_rate=0.1,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -118,7 +120,8 @@ def _train(
         inputs = tokenizer(list(sources), padding=True, truncation=True, max_length=SOURCE_TOKENS, return_tensors="pt")
         labels = tokenizer(list(targets), padding=True, truncation=True, max_length=TARGET_TOKENS, return_tensors="pt")
         wanted = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
-        loss = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=wanted).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=wanted).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
