@@ -3,15 +3,32 @@
 Importing this package imports nothing else: a line in a .pth file does so at every start of Python.
 """
 
-__all__ = ["DualEncoder", "LabelSet", "MedicalLM", "ModelCard", "Retrieval", "Summarization", "ZeroShot", "__version__"]
+__all__ = [
+    "DualEncoder",
+    "ImpressionChoice",
+    "LabelSet",
+    "MedicalLM",
+    "ModelCard",
+    "Retrieval",
+    "Summarization",
+    "TextProbe",
+    "TextRetrieval",
+    "TextZeroShot",
+    "ZeroShot",
+    "__version__",
+]
 
 _LAZY = {
     "DualEncoder": "medvlm_harness.model_backends.dual_encoder",
+    "ImpressionChoice": "medvlm_harness.tracks.choice",
     "LabelSet": "medvlm_harness.requests",
     "MedicalLM": "medvlm_harness.model_backends.base",
     "ModelCard": "medvlm_harness.model_backends.cards",
     "Retrieval": "medvlm_harness.tracks.retrieval",
     "Summarization": "medvlm_harness.tracks.summarization",
+    "TextProbe": "medvlm_harness.tracks.text_probe",
+    "TextRetrieval": "medvlm_harness.tracks.text_retrieval",
+    "TextZeroShot": "medvlm_harness.tracks.text_zero_shot",
     "ZeroShot": "medvlm_harness.tracks.zero_shot",
 }
 

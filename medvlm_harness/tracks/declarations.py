@@ -21,6 +21,10 @@ TRACKS = {
     "ZeroShot": "medvlm_harness.tracks.zero_shot",
     "Retrieval": "medvlm_harness.tracks.retrieval",
     "Summarization": "medvlm_harness.tracks.summarization",
+    "ImpressionChoice": "medvlm_harness.tracks.choice",
+    "TextProbe": "medvlm_harness.tracks.text_probe",
+    "TextRetrieval": "medvlm_harness.tracks.text_retrieval",
+    "TextZeroShot": "medvlm_harness.tracks.text_zero_shot",
 }
 _STRUCTURE = {"class", "task", "task_alias", "tag", "metadata"}
 _IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
