@@ -45,7 +45,7 @@ def fit_logistic(features: ArrayLike, labels: ArrayLike, taken: ArrayLike, penal
 
     Args:
         features: shared by all problems, finite, (n, d).
-        labels: 0 or 1 for items that are taken, (n, problems).
+        labels: 0 or 1 for items that are taken, (n, problems), or (n, 1) where all problems have the same.
         taken: True for the items that a problem learns from, both classes among them, (n, problems).
         penalty: C of each problem: the inverse of the penalty's strength, above 0, (problems,).
 
@@ -183,12 +183,14 @@ def _checked(
     features: ArrayLike, labels: ArrayLike, taken: ArrayLike, penalty: ArrayLike
 ) -> tuple[Floats, Floats, NDArray[np.bool_], Floats]:
     x, mask, c = np.asarray(features, np.float64), np.asarray(taken, bool), np.asarray(penalty, np.float64)
-    y = np.where(mask, labels, 0).astype(np.float64)
-    if x.ndim != 2 or mask.ndim != 2 or len(x) != len(mask) or c.shape != mask.shape[1:]:
+    shape = np.shape(labels)
+    fits = shape in (mask.shape, (len(x), 1)) and len(x) == len(mask) and c.shape == mask.shape[1:]
+    if x.ndim != 2 or mask.ndim != 2 or not fits:
         raise ValueError(
             f"Expected features (n, d), labels and taken (n, problems) and penalty (problems,), "
-            f"but got {x.shape}, {mask.shape} and {c.shape}."
+            f"but got {x.shape}, {shape}, {mask.shape} and {c.shape}."
         )
+    y = np.where(mask, labels, 0).astype(np.float64)
     if not (c > 0).all():
         raise ValueError(f"Expected C above 0, but got {c[~(c > 0)][0]}.")
     positives, size = y.sum(axis=0), mask.sum(axis=0)

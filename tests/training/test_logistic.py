@@ -15,7 +15,8 @@ N, D = 300, 24
 MIXED = RNG.normal(size=(D, D))
 # Alike, on unequal scales, and far from zero.
 X = (RNG.normal(size=(N, D)) @ MIXED) * np.logspace(-3, 3, D) + 100 * RNG.normal(size=D)
-Y = (X @ (RNG.normal(size=D) / X.std(axis=0)) + RNG.normal(size=N) * 2 > 3).astype(float)
+STANDARD = (X - X.mean(axis=0)) / X.std(axis=0)
+Y = (STANDARD @ RNG.normal(size=D) + RNG.normal(size=N) * 2 > 3).astype(float)
 
 
 def by_scikit_learn(x: Any, y: Any, penalty: float) -> Any:
@@ -80,6 +81,7 @@ def test_more_features_than_items_and_features_that_never_change() -> None:
     ("change", "message"),
     [
         ({"taken": np.ones((N - 1, 1), bool), "labels": Y[1:, None]}, r"features \(n, d\)"),
+        ({"labels": Y}, r"labels and taken \(n, problems\)"),
         ({"penalty": [0.1, 0.1]}, r"penalty \(problems,\)"),
         ({"penalty": [0.0]}, "C above 0"),
         ({"penalty": [float("nan")]}, "C above 0"),
