@@ -102,9 +102,11 @@ def _choose(
     folds: int,
 ) -> list[tuple[float, float]]:
     """For each seed the C with the highest mean AUROC over folds of patients, and that mean."""
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    splitters = [StratifiedGroupKFold(folds, shuffle=True, random_state=seed) for seed in seeds]
+    # Of patients with one item each, folds of items are folds of patients, and found a hundred times faster.
+    kind = StratifiedKFold if len(set(groups.tolist())) == len(groups) else StratifiedGroupKFold
+    splitters = [kind(folds, shuffle=True, random_state=seed) for seed in seeds]
     parts = [(place, *sides) for place, one in enumerate(splitters) for sides in one.split(x, y, groups)]
     # A patient with several items may leave a fold without one class: it says nothing of a penalty.
     parts = [(place, a, b) for place, a, b in parts if len(set(y[a])) == 2 and len(set(y[b])) == 2]
