@@ -10,9 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
+from scipy.special import logit
 
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError
+from medvlm_harness.metrics.choice import same_words
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.requests import Capability, Embedding, TextRef
 from medvlm_harness.tracks import zero_shot_metrics as metrics
@@ -49,7 +51,8 @@ class TextProbe(TextZeroShot):
 
     For each label a logistic regression on the vectors of the train split, its penalty chosen by cross-validation over
     patients, for three seeds of the folds (`training/linear_probe.py`); metrics are those of `ZeroShot`, the mean over
-    the seeds, which stand in `extra` each by itself. --limit leaves out documents of the chosen splits alone.
+    the seeds, which stand in `extra` each by itself. --limit leaves out documents of the chosen splits alone. The floor
+    is the higher of two: the constant's, and that of repeating the labels of training studies with the same words.
 
     YAML: as for `TextZeroShot`, of which phrases and questions go unused; multilabel alone.
     """
@@ -160,15 +163,44 @@ class TextProbe(TextZeroShot):
     def estimate(self, rows: Sequence[ProbeRow]) -> Mapping[str, Estimate]:  # type: ignore[override]
         """The means over the seeds."""
         probes = self._probes(rows)
-        of_seeds = [self._of_seed(rows, probes, seed) for seed in range(len(SEEDS))]
-        return {name: _mean([of_seed[name] for of_seed in of_seeds]) for name in self.metric_names()}
-
-    def _of_seed(self, rows: Sequence[ProbeRow], probes: Sequence[LinearProbe], seed: int) -> dict[str, Estimate]:
-        """The metrics of one seed's probes."""
-        keys = [label.key for label in self.label_set.labels]
-        # A label that could not be learnt takes part in no mean, and says nothing of No Finding.
-        margin = np.stack([np.full(len(rows), -np.inf) if p.reason else p.margin[seed] for p in probes], axis=1)
         learnt = np.array([not probe.reason for probe in probes])
+        # A label that could not be learnt says nothing of No Finding.
+        margins = [
+            np.stack([np.full(len(rows), -np.inf) if p.reason else p.margin[seed] for p in probes], axis=1)
+            for seed in range(len(SEEDS))
+        ]
+        of_seeds = [self._of_margin(rows, margin, learnt) for margin in margins]
+        repeats = self._of_margin(rows, self._known_texts(rows), learnt)
+        estimates = {name: _mean([one[name] for one in of_seeds]) for name in self.metric_names()}
+        for label, probe in zip(self.label_set.labels, probes, strict=True):
+            if probe.reason:
+                estimates[f"auroc_{label.key}"] = Estimate.undefined(probe.reason, n=len(rows))
+        return {name: _with_floor(estimate, repeats[name].value) for name, estimate in estimates.items()}
+
+    def _known_texts(self, rows: Sequence[ProbeRow]) -> NDArray[np.float64]:
+        """The floor that repeats: log-odds of what the training studies with findings of the same words have, (n, L).
+
+        Reports repeat between train and test, so that vectors of pure noise, one per text, beat a coin.
+        """
+        of_text: dict[str, list[list[int | None]]] = {}
+        for study, targets in self._train_studies.values():
+            of_text.setdefault(same_words(study.findings), []).append(targets[self.source])
+        everything = np.array([one for ones in of_text.values() for one in ones], dtype=np.float64)
+        known = np.maximum((~np.isnan(everything)).sum(axis=0), 1)
+        prevalence = np.clip(np.nansum(everything, axis=0) / known, 1e-6, 1 - 1e-6)
+        shares = []
+        for row in rows:
+            same = np.array(of_text.get(same_words(self._findings[row.study_id].text), []), dtype=np.float64)
+            same = same.reshape(-1, len(prevalence))
+            shares.append((np.nansum(same, axis=0) + prevalence) / ((~np.isnan(same)).sum(axis=0) + 1))
+        found: NDArray[np.float64] = logit(np.array(shares))
+        return found
+
+    def _of_margin(
+        self, rows: Sequence[ProbeRow], margin: NDArray[np.float64], learnt: NDArray[np.bool_]
+    ) -> dict[str, Estimate]:
+        """The metrics of one matrix of scores; labels that could not be learnt take part in no mean."""
+        keys = [label.key for label in self.label_set.labels]
         truth = {
             source: np.array([row.targets[source] for row in rows], dtype=np.float64)
             for source in (self.source, *self.other_sources)
@@ -184,9 +216,6 @@ class TextProbe(TextZeroShot):
             findings=None,
             others={source: masked[source] for source in self.other_sources},
         )
-        for key, probe in zip(keys, probes, strict=True):
-            if probe.reason:
-                estimates[f"auroc_{key}"] = Estimate.undefined(probe.reason, n=len(rows))
         columns = self.finding_columns()
         if columns is not None:
             estimates["auroc_no_finding"] = (
@@ -259,6 +288,15 @@ class TextProbe(TextZeroShot):
                 target = row.targets[self.source][number]
                 known = {} if probe.reason else {"margin": margin, "probability": probability}
                 yield self.score_record(row, name, target=target, **known)
+
+
+def _with_floor(estimate: Estimate, repeats: float) -> Estimate:
+    """With the higher of two floors: the constant, and what repeating the labels of known texts scores."""
+    if estimate.floor is None:
+        return estimate
+    floors = {"constant": estimate.floor, "repeats": repeats}
+    best = max(floor for floor in floors.values() if not np.isnan(floor))
+    return replace(estimate, floor=best, extra={**estimate.extra, "floors": floors})
 
 
 def _mean(of_seeds: Sequence[Estimate]) -> Estimate:

@@ -105,9 +105,10 @@ def _choose(
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     # Of patients with one item each, folds of items are folds of patients, and found a hundred times faster.
-    kind = StratifiedKFold if len(set(groups.tolist())) == len(groups) else StratifiedGroupKFold
+    alone = len(set(groups.tolist())) == len(groups)
+    kind, by = (StratifiedKFold, None) if alone else (StratifiedGroupKFold, groups)
     splitters = [kind(folds, shuffle=True, random_state=seed) for seed in seeds]
-    parts = [(place, *sides) for place, one in enumerate(splitters) for sides in one.split(x, y, groups)]
+    parts = [(place, *sides) for place, one in enumerate(splitters) for sides in one.split(x, y, by)]
     # A patient with several items may leave a fold without one class: it says nothing of a penalty.
     parts = [(place, a, b) for place, a, b in parts if len(set(y[a])) == 2 and len(set(y[b])) == 2]
     taken = np.zeros((len(x), len(parts)), dtype=bool)
