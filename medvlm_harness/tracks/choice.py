@@ -114,7 +114,13 @@ class ImpressionChoice(ReportPairs, PromptedTask):
         return tuple(options)
 
     def make_documents(self) -> Iterator[dict[str, Any]]:
-        """One document per study with three distractors."""
+        """One document per study with three distractors.
+
+        Raises:
+            UserError: if the train split has nothing that floors could learn from: now, not when a model has answered.
+        """
+        if self._options:
+            self.require_train_pairs()
         for pair in self.pairs:
             study_id = pair.study.study_id
             if study_id in self._options:

@@ -37,18 +37,20 @@ class ReportPairs(MedicalTask):
 
     @cached_property
     def train_pairs(self) -> tuple[ReportPair, ...]:
-        """Those of the train split, which floors learn from.
+        """Those of the train split, which floors learn from."""
+        return tuple(_pairs(study for study in self.data.studies if study.split == "train"))
+
+    def require_train_pairs(self) -> None:
+        """Refuse a set whose train split floors cannot learn from, before a model is asked anything.
 
         Raises:
-            UserError: if there are none.
+            UserError: if no study of it has both sections.
         """
-        pairs = tuple(_pairs(study for study in self.data.studies if study.split == "train"))
-        if not pairs:
+        if not self.train_pairs:
             raise UserError(
                 f"{self.task_name}: no study of {self.data.manifest.name} in split train has findings and impression, "
                 "which the floors are made from."
             )
-        return pairs
 
     @cached_property
     def reader(self) -> ReportReader:

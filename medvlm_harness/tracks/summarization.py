@@ -50,7 +50,12 @@ class Summarization(ReportPairs, GenerationTask):
 
     @cached_property
     def _floors(self) -> dict[str, dict[str, str]]:
-        """Kind -> text per study id; constant and nearest neighbour learn from the train split."""
+        """Kind -> text per study id; constant and nearest neighbour learn from the train split.
+
+        Raises:
+            UserError: if that has nothing to learn from.
+        """
+        self.require_train_pairs()
         known, written = zip(*((findings, impression) for _, findings, impression in self.train_pairs), strict=True)
         sources = [doc["source"] for doc in self.documents]
         texts = {

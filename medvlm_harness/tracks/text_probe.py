@@ -80,7 +80,7 @@ class TextProbe(TextZeroShot):
         """One document per study; `counterparts`, its positive labels, are for `medvlm-baseline kind=oracle` alone.
 
         Raises:
-            UserError: if there is nothing to learn from, or a patient is in the train split too.
+            UserError: if a patient is in the train split too.
         """
         learnt_from = {study.patient_id for study, _ in self._train_studies.values()}
         for doc in super().make_documents():
@@ -95,19 +95,9 @@ class TextProbe(TextZeroShot):
 
     @cached_property
     def _train_studies(self) -> dict[str, tuple[Study, dict[str, list[int | None]]]]:
-        """Those with findings, with their truth, by id.
-
-        Raises:
-            UserError: if there are none.
-        """
+        """Those with findings, with their truth, by id; without any, every metric is undefined."""
         train = [study for study in self.data.studies if study.split == TRAIN]
-        found = {study.study_id: (study, targets) for study, _, targets in self.labelled(train)}
-        if not found:
-            raise UserError(
-                f"{self.task_name}: no study of {self.data.manifest.name} in split {TRAIN} has findings, which the "
-                "probe learns from."
-            )
-        return found
+        return {study.study_id: (study, targets) for study, _, targets in self.labelled(train)}
 
     def build_all_requests(
         self,
@@ -162,6 +152,9 @@ class TextProbe(TextZeroShot):
 
     def estimate(self, rows: Sequence[ProbeRow]) -> Mapping[str, Estimate]:  # type: ignore[override]
         """The means over the seeds."""
+        if not self._train_studies:
+            nothing = Estimate.undefined(f"no study in split {TRAIN} has findings to learn from", n=len(rows))
+            return dict.fromkeys(self.metric_names(), nothing)
         probes = self._probes(rows)
         learnt = np.array([not probe.reason for probe in probes])
         # A label that could not be learnt says nothing of No Finding.

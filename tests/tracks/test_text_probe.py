@@ -226,17 +226,27 @@ def test_a_wrong_declaration_is_refused_before_any_data(tmp_path: Path, config: 
         task(tmp_path / "nowhere", **config)
 
 
-def test_nothing_to_learn_from_and_patients_on_both_sides_are_refused(
+def test_without_a_train_split_every_metric_is_undefined_with_the_reason(
     tmp_path: Path, write_set: Callable[..., Path]
 ) -> None:
-    def make(name: str, patient: str, where: str) -> Study:
-        return Study(name, patient, findings="x", labels={"rules": {"Edema": 1}}, split=where)
+    studies = [
+        Study(f"s{k}", f"p{k}", findings="x", labels={"rules": {"Edema": k % 2}}, split="test") for k in range(9)
+    ]
+    one = task(write_set(tmp_path / "set", studies), labels=["Edema"])
+    estimates = one.estimates(rows_of(one, encoder))
+    assert {str(estimate.reason) for estimate in estimates.values()} == {
+        "no study in split train has findings to learn from"
+    }
+    assert all(np.isnan(estimate.value) for estimate in estimates.values())
+    assert one.details()["counts"]["training_studies"] == 0
+    assert list(one.score_records(one.rows)) == []
 
-    with pytest.raises(UserError, match="split train has findings"):
-        task(write_set(tmp_path / "a", [make("s", "p", "test")]), labels=["Edema"]).test_docs()
-    both = [make("s", "p", "test"), make("t", "p", "train")]
+
+def test_patients_on_both_sides_are_refused(tmp_path: Path, write_set: Callable[..., Path]) -> None:
+    labels = {"rules": {"Edema": 1}}
+    both = [Study(split, "p", findings="x", labels=labels, split=split) for split in ("test", "train")]
     with pytest.raises(UserError, match="patient p is in split train too"):
-        task(write_set(tmp_path / "b", both), labels=["Edema"]).test_docs()
+        task(write_set(tmp_path / "set", both), labels=["Edema"]).test_docs()
 
 
 def test_rows_without_what_was_learnt_from_are_refused(folder: Path, scored: Any) -> None:
