@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -72,7 +73,7 @@ class BaselineBackend(MedicalLM):
         return [self._scores(request) for request in requests]
 
     def embed(self, requests: Sequence[Instance]) -> list[Embedding]:
-        """One vector for all, a vector per input, or the vector of the report that belongs to the study."""
+        """One vector for all, a vector per input, or that of the texts that the input belongs to."""
         return [self._embedding(request) for request in requests]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -115,13 +116,13 @@ class BaselineBackend(MedicalLM):
     def _embedding(self, request: Instance) -> Embedding:
         argument = request.arguments[0]
         is_image = isinstance(argument, ImageRef)
-        keys = [str(argument)]
+        parts = {str(argument): 1.0}
         if self.kind == "prior":
-            keys = [""]
-        elif self.kind == "oracle" and is_image:
-            # The texts that the image belongs to; its report twice, since another study's may be one of the parts.
-            keys = [request.doc["texts"]["report"], *request.doc["texts"].values()]
-        vector = np.sum([self._noise(key).standard_normal(DIMENSION) for key in keys], axis=0).astype(np.float32)
+            parts = {"": 1.0}
+        elif self.kind == "oracle":
+            parts = _belongs_to(argument, request.doc) or parts
+        vectors = [weight * self._noise(key).standard_normal(DIMENSION) for key, weight in parts.items()]
+        vector = np.sum(vectors, axis=0).astype(np.float32)
         return Embedding(vector / np.linalg.norm(vector), None if is_image else False)
 
     def _noise(self, key: str) -> np.random.Generator:
@@ -138,6 +139,17 @@ class BaselineBackend(MedicalLM):
             "text": self.text,
             "probability_scale": self.card.probability_scale,
         }
+
+
+def _belongs_to(argument: str, doc: Mapping[str, Any]) -> dict[str, float]:
+    """What a document says that an input belongs to: texts by their hashes, each with a weight; empty where nothing.
+
+    Of an image these are its study's texts; the report twice, since another study's may be one of the parts.
+    """
+    if isinstance(argument, ImageRef):
+        weights = Counter([doc["texts"]["report"], *doc["texts"].values()])
+        return {key: float(weight) for key, weight in weights.items()}
+    return dict(doc["counterparts"]) if "counterparts" in doc and str(argument) == doc["texts"]["findings"] else {}
 
 
 def _prior(label_set: LabelSet) -> Sequence[float | None]:

@@ -96,7 +96,7 @@ def test_medvlm_run_indexes_ours_and_the_folders_of_the_user_alone(
 
 BROKEN = {
     "class: !function medvlm_harness.ZeroShot\ntask: mine\nlables: []": "unknown key 'lables'. Did you mean labels",
-    "class: !function medvlm_harness.ZeroShoot\ntask: mine": "no task class 'ZeroShoot'. Did you mean ZeroShot?",
+    "class: !function medvlm_harness.ZeroShoot\ntask: mine": "no task class 'ZeroShoot'. Did you mean ZeroShot",
     "task: mine\nmetric_lst: []": "unknown key 'metric_lst'. Did you mean metric_list",
     "task: mine\ninclude: nowhere": "cannot read",
     "task: mine\ninclude: 3": "",

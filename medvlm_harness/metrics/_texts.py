@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-__all__ = ["checked_pairs", "checked_texts", "words"]
+__all__ = ["checked_pairs", "checked_texts", "tfidf_vectorizer", "words"]
 
 _WORD = re.compile(r"[^\W_]+(?:[.'’-][^\W_]+)*")
 
@@ -40,3 +41,10 @@ def words(text: str) -> list[str]:
     ['nodule', '3.5', 'cm', 'well-defined']
     """
     return _WORD.findall(text.lower())
+
+
+def tfidf_vectorizer() -> Any:
+    """TF-IDF of words and word pairs, to be fitted; without stop words taken out: "no" decides."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, tokenizer=words, token_pattern=None)

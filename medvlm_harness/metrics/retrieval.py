@@ -30,6 +30,7 @@ __all__ = [
     "rank_queries",
     "rank_queries_by",
     "recall_at",
+    "recall_bound",
     "reciprocal_rank",
 ]
 
@@ -171,29 +172,111 @@ def chance(query_class: ArrayLike, gallery_class: ArrayLike) -> RankedQueries:
 def duplicate_ceiling(
     query_class: ArrayLike, gallery_class: ArrayLike, query_text: ArrayLike, gallery_text: ArrayLike
 ) -> RankedQueries:
-    """The ceiling: what a perfect retriever reaches, which knows each item's text but cannot tell equal texts apart.
+    """The ceiling: what a perfect retriever reaches, which cannot tell equal texts apart, on either side.
 
-    With m studies of one text and one hit among them, a query finds it at rank k with probability min(1, k / m).
+    It gives equal queries one and the same order of the gallery, in which equal items tie, and knows how often each
+    text of one side goes with each of the other: it orders the gallery by the probability that an item is a hit.
+    Where a query has one hit no order is better for recall at any k, nor for the mean of 1 / rank. With m studies of
+    one text on both sides, and one hit among them, a query finds it within k with probability min(1, k / m).
 
     Args:
         query_class: what is to be found, as in `rank_queries`, shape (n,).
         gallery_class: as in `rank_queries`, shape (m,).
-        query_text: integer that names the text which belongs to the query, shape (n,); -1 leaves the query out.
-        gallery_text: integer that names the text which belongs to the gallery item, shape (m,).
+        query_text: integer that names what is known of the query, shape (n,); -1 leaves the query out.
+        gallery_text: integer that names what is known of the gallery item, shape (m,); -1 is never a hit.
+
+    Source: probability ranking principle, Robertson 1977, doi 10.1108/eb026647.
     """
-    of_query, of_gallery = _classes("query_class", query_class), _classes("gallery_class", gallery_class)
-    text, texts = _classes("query_text", query_text), _classes("gallery_text", gallery_text)
-    if text.shape != of_query.shape or texts.shape != of_gallery.shape:
-        raise ValueError(
-            f"Expected query_text {of_query.shape} and gallery_text {of_gallery.shape}, "
-            f"but got {text.shape} and {texts.shape}."
-        )
-    both = np.concatenate([np.c_[of_query, text], np.c_[of_gallery, texts]])
-    pair = np.unique(both, axis=0, return_inverse=True)[1].ravel()
-    pair[(both < 0).any(axis=1)] = -1
-    hits = _share_count(pair[: of_query.size], pair[of_query.size :])
-    tied = np.where(hits > 0, _share_count(text, texts), 0)
-    return RankedQueries(np.zeros_like(hits), tied, hits, of_gallery.size)
+    known = _Duplicates(query_class, gallery_class, query_text, gallery_text)
+    greater, tied, hits = np.zeros((3, len(known.of_query)), dtype=np.int64)
+    for same in known.equal_queries():
+        order = known.order_for(same)
+        of_query = known.of_query[same]
+        for asked in np.unique(of_query):
+            its = order.hit_class == asked
+            best = order.density[order.hit_text[its]].max()
+            these = same[of_query == asked]
+            greater[these] = order.copies[order.density > best].sum()
+            tied[these] = order.copies[order.density == best].sum()
+            hits[these] = order.hits[its & (order.density[order.hit_text] == best)].sum()
+    return RankedQueries(greater, tied, hits, known.gallery)
+
+
+def recall_bound(
+    query_class: ArrayLike, gallery_class: ArrayLike, query_text: ArrayLike, gallery_text: ArrayLike, k: int
+) -> float:
+    """What no retriever's mean recall exceeds that cannot tell equal texts apart; in [0, 1], NaN without any hit.
+
+    For queries with several hits, where the order of `duplicate_ceiling` need not be the best one: the sum of the k
+    highest probabilities of a hit, at most 1. It can be reached at k = 1, and everywhere with one hit per query.
+
+    Args:
+        query_class: as in `duplicate_ceiling`.
+        gallery_class: likewise.
+        query_text: likewise.
+        gallery_text: likewise.
+        k: at least 1.
+    """
+    if k < 1:
+        raise ValueError(f"Expected k to be at least 1, but got {k}.")
+    known = _Duplicates(query_class, gallery_class, query_text, gallery_text)
+    found, asked = 0.0, 0
+    for same in known.equal_queries():
+        order = known.order_for(same)
+        first = np.argsort(-order.density, kind="stable")
+        copies = order.copies[first]
+        places = np.clip(k - (np.cumsum(copies) - copies), 0, copies)
+        found += len(same) * min(1.0, float(places @ order.density[first]))
+        asked += len(same)
+    return found / asked if asked else float("nan")
+
+
+class _Order(NamedTuple):
+    """What a perfect retriever knows of the gallery texts that have a hit for equal queries, (texts,)."""
+
+    copies: Classes  # gallery items of the text
+    density: NDArray[np.float64]  # probability that one of them is a hit
+    hit_class: Classes  # of each class and text that go together, (pairs,)
+    hit_text: NDArray[np.intp]  # the text's place above, (pairs,)
+    hits: Classes  # gallery items of both, (pairs,)
+
+
+class _Duplicates:
+    """Queries and gallery items by what is known of them; queries whose class has no item are left out."""
+
+    def __init__(
+        self, query_class: ArrayLike, gallery_class: ArrayLike, query_text: ArrayLike, gallery_text: ArrayLike
+    ) -> None:
+        self.of_query, of_gallery = _classes("query_class", query_class), _classes("gallery_class", gallery_class)
+        self.text, texts = _classes("query_text", query_text), _classes("gallery_text", gallery_text)
+        if self.text.shape != self.of_query.shape or texts.shape != of_gallery.shape:
+            raise ValueError(
+                f"Expected query_text {self.of_query.shape} and gallery_text {of_gallery.shape}, "
+                f"but got {self.text.shape} and {texts.shape}."
+            )
+        self.gallery = of_gallery.size
+        self.copies = np.bincount(texts[texts >= 0])  # of each text, (texts,)
+        hit = (texts >= 0) & (of_gallery >= 0)
+        pairs, self.hits = np.unique(np.c_[of_gallery[hit], texts[hit]], axis=0, return_counts=True)
+        self.hit_class, self.hit_text = pairs.T
+        self.asked = (self.text >= 0) & np.isin(self.of_query, self.hit_class)
+
+    def equal_queries(self) -> Iterator[NDArray[np.intp]]:
+        """The queries of each text."""
+        queries = np.flatnonzero(self.asked)
+        queries = queries[np.argsort(self.text[queries], kind="stable")]
+        if queries.size:
+            yield from np.split(queries, np.flatnonzero(np.diff(self.text[queries])) + 1)
+
+    def order_for(self, queries: NDArray[np.intp]) -> _Order:
+        """How likely gallery texts are a hit for queries of one text."""
+        wanted, times = np.unique(self.of_query[queries], return_counts=True)
+        first, last = (np.searchsorted(self.hit_class, wanted, side=side) for side in ("left", "right"))
+        its = np.concatenate([np.arange(*ends) for ends in zip(first, last, strict=True)])
+        texts, place = np.unique(self.hit_text[its], return_inverse=True)
+        found = np.bincount(place, weights=self.hits[its] * np.repeat(times, last - first))
+        copies = self.copies[texts]
+        return _Order(copies, found / (copies * len(queries)), self.hit_class[its], place, self.hits[its])
 
 
 def _expected_reciprocal(greater: int, tied: int, hits: int) -> float:

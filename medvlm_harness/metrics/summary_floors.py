@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from medvlm_harness.metrics._texts import checked_pairs, checked_texts, words
+from medvlm_harness.metrics._texts import checked_pairs, checked_texts, tfidf_vectorizer
 from medvlm_harness.metrics.rouge import rouge_scores
 from medvlm_harness.metrics.sentences import split_sentences
 
@@ -70,9 +70,7 @@ def nearest_summaries(
     pairs = [pair for pair in checked_pairs(train_sources, train_summaries) if pair[0].strip() and pair[1].strip()]
     if not pairs:
         raise ValueError("Expected a training study with source and summary, but there is none.")
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, tokenizer=words, token_pattern=None)
+    vectorizer = tfidf_vectorizer()
     known = vectorizer.fit_transform([source for source, _ in pairs])
     similarity = (vectorizer.transform(texts) @ known.T).toarray()
     otherwise = most_frequent_summary(summary for _, summary in pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from medvlm_harness.requests import ImageRef, LabelSet
+from medvlm_harness.requests import ImageRef, LabelSet, TextRef
 
 __all__ = ["PlannedRun", "PlannedTask", "distinct_inputs", "plan"]
 
@@ -77,17 +77,16 @@ def _model(config: Any) -> Any:
 
 
 def distinct_inputs(task: Any) -> tuple[dict[ImageRef, None], dict[str, None]]:
-    """The images and texts that a task asks about, each once and in order."""
+    """The images and texts that a task asks an encoder about, each once and in order."""
     images: dict[ImageRef, None] = {}
     texts: dict[str, None] = {}
-    for _, document in task.doc_iterator():
-        built = task.construct_requests(document, "", metadata=(task.task_name, 0, 1))
-        for request in built if isinstance(built, list) else [built]:
-            for argument in request.arguments:
-                if isinstance(argument, ImageRef):
-                    images.setdefault(argument)
-                elif isinstance(argument, LabelSet):
-                    texts |= dict.fromkeys(p for label in argument.labels for p in (*label.positive, *label.negative))
-                else:
-                    texts.setdefault(getattr(argument, "text", str(argument)))
+    task.build_all_requests()
+    for request in task.instances:
+        for argument in request.arguments:
+            if isinstance(argument, ImageRef):
+                images.setdefault(argument)
+            elif isinstance(argument, LabelSet):
+                texts |= dict.fromkeys(p for label in argument.labels for p in (*label.positive, *label.negative))
+            elif isinstance(argument, TextRef):
+                texts.setdefault(argument.text)
     return images, texts

@@ -288,11 +288,12 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
                     f"{len(self.documents) - 1}."
                 )
         chosen = [self.documents[number] for number in self._asked] or self.documents[:limit]
-        own = [(k, doc) for k, doc in enumerate(chosen) if self._study_numbers[doc["study_id"]] % world_size == rank]
+        own = [(k, doc) for k, doc in enumerate(chosen) if self.study_numbers[doc["study_id"]] % world_size == rank]
         return iter(own or [(0, {**chosen[0], STAND_IN: True})])
 
     @cached_property
-    def _study_numbers(self) -> dict[str, int]:
+    def study_numbers(self) -> dict[str, int]:
+        """Study id -> its place in the chosen splits, which says what process it belongs to."""
         return {study.study_id: number for number, study in enumerate(self.studies)}
 
     def build_all_requests(

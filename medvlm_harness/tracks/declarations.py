@@ -24,6 +24,10 @@ TRACKS = {
     "Entities": "medvlm_harness.tracks.entities",
     "RadGraphEntities": "medvlm_harness.tracks.radgraph_entities",
     "EntityProbe": "medvlm_harness.tracks.entity_probe",
+    "ImpressionChoice": "medvlm_harness.tracks.choice",
+    "TextProbe": "medvlm_harness.tracks.text_probe",
+    "TextRetrieval": "medvlm_harness.tracks.text_retrieval",
+    "TextZeroShot": "medvlm_harness.tracks.text_zero_shot",
 }
 _STRUCTURE = {"class", "task", "task_alias", "tag", "metadata"}
 _IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}

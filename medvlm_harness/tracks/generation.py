@@ -1,24 +1,22 @@
-"""What tracks share in which a model writes: the prompt, lm-eval's filters over the answers, and rows of texts."""
+"""What tracks share in which a model writes: lm-eval's filters over the answers, and rows of texts."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import Any, ClassVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.filters import build_filter_ensemble
 
 from medvlm_harness.data.records import Study
-from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.errors import UserError
 from medvlm_harness.requests import Capability, Generation, PromptWithFloors
-from medvlm_harness.tracks.base import COMMON_KEYS, NO_FILTER, MedicalTask, Row
+from medvlm_harness.tracks.base import NO_FILTER, Row
+from medvlm_harness.tracks.prompts import PromptedTask
 
 __all__ = ["FilteredText", "GenerationTask", "TextRow"]
-
-PROMPT_FIELDS = ("findings", "impression", "indication", "comparison")
 
 
 class FilteredText(Generation):
@@ -49,43 +47,25 @@ class TextRow(Row):
     __str__ = Row.__str__
 
 
-class GenerationTask(MedicalTask):
-    """`generate_until` requests: the task's prompt, filled from the study's report; any backend of lm-eval answers.
+class GenerationTask(PromptedTask):
+    """`generate_until` requests: the task's prompt.
 
-    YAML: `dataset`, `prompt` (a text with {findings}, {impression}, {indication}, {comparison}), and optionally
-    `generation_kwargs` and `filter_list`, both as in lm-eval's own tasks. Metrics of the first filter pipeline are the
-    task's; those of further ones stand beside them.
-
-    --apply_chat_template and --system_instruction are honoured; there are no few-shot examples.
+    YAML: as for `PromptedTask`, `dataset`, and optionally `generation_kwargs` and `filter_list`, both as in lm-eval's
+    own tasks. Metrics of the first filter pipeline are the task's; those of further ones stand beside them.
     """
 
     OUTPUT_TYPE: ClassVar[str] = "generate_until"
     NEEDS: ClassVar[frozenset[Capability]] = frozenset({"generate_until"})
-    KEYS: ClassVar[frozenset[str]] = COMMON_KEYS | {"prompt", "generation_kwargs", "filter_list"}
+    KEYS: ClassVar[frozenset[str]] = PromptedTask.KEYS | {"generation_kwargs", "filter_list"}
 
     def read_declaration(self) -> None:
         """Check the prompt's fields, the generation options and the filters."""
-        self.prompt = self._checked_prompt(self.declared.get("prompt"))
+        super().read_declaration()
         options = self.declared.get("generation_kwargs") or {}
         if not isinstance(options, Mapping):
             raise UserError(f"{self.task_name}: expected generation_kwargs to be a mapping, but got {options!r}.")
         if "filter_list" in self.declared:
             self._filters = [self._pipeline(one) for one in self._filter_list(self.declared["filter_list"])]
-        self._chat: Callable[[str], str] = str
-
-    def _checked_prompt(self, prompt: Any) -> str:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{self.task_name}: expected `prompt:` to be a text, but got {prompt!r}.")
-        try:
-            fields = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
-        except ValueError as error:
-            raise UserError(
-                f"{self.task_name}: the prompt's braces do not match ({error}); double a literal one."
-            ) from error
-        for name in fields:
-            if name not in PROMPT_FIELDS:
-                raise UserError(f"{self.task_name}: the prompt asks for {{{name}}}.{near_matches(name, PROMPT_FIELDS)}")
-        return prompt
 
     def _filter_list(self, declared: Any) -> Sequence[Mapping[str, Any]]:
         if not isinstance(declared, list) or not declared or not all(isinstance(one, Mapping) for one in declared):
@@ -133,35 +113,12 @@ class GenerationTask(MedicalTask):
 
     def document(self, study: Study, *, source: str, target: str, **more: Any) -> dict[str, Any]:
         """A document of a study, with the prompt filled in."""
-        parts = {name: getattr(study, name).strip() for name in PROMPT_FIELDS}
-        prompt = self.prompt.format(**parts)
-        return {**self.document_ids(study), "prompt": prompt, "source": source, "target": target, **more}
-
-    def doc_to_text(self, doc: Mapping[str, Any]) -> str:
-        """The prompt."""
-        return str(doc["prompt"])
-
-    def build_all_requests(
-        self,
-        *,
-        system_instruction: str | None = None,
-        chat_template: Callable[..., str] | None = None,
-        **options: Any,
-    ) -> None:
-        """As for all tasks, and with the model's chat template where one is asked for."""
-        system = [{"role": "system", "content": system_instruction}] if system_instruction else []
-
-        def as_chat(prompt: str) -> str:
-            if chat_template is None:
-                return f"{system_instruction}\n\n{prompt}" if system_instruction else prompt
-            return chat_template([*system, {"role": "user", "content": prompt}], add_generation_prompt=True)
-
-        self._chat = as_chat
-        super().build_all_requests(**options)
+        ids = self.document_ids(study)
+        return {**ids, "prompt": self.prompt_for(study), "source": source, "target": target, **more}
 
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Instance:
         """The prompt, with what floors would answer beside it."""
-        prompt = PromptWithFloors(self._chat(doc["prompt"]), self.floors_of(doc))
+        prompt = PromptWithFloors(self.as_chat(doc["prompt"]), self.floors_of(doc))
         return Instance("generate_until", doc, (prompt, self.generation_kwargs), 0, metadata=kwargs["metadata"])
 
     def apply_filters(self) -> None:
@@ -182,7 +139,6 @@ class GenerationTask(MedicalTask):
         """Adds how the model was asked."""
         return {
             **super().details(),
-            "prompt": self.prompt,
             "generation_kwargs": self.generation_kwargs,
             "filters": [pipeline.name for pipeline in self._filters],
         }

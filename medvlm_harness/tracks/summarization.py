@@ -6,13 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from medvlm_harness.data.records import Study
-from medvlm_harness.errors import UserError
-from medvlm_harness.labelers.base import compose_report
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.summary_floors import copies, leads, most_frequent_summary, nearest_summaries
 from medvlm_harness.tracks.generation import GenerationTask, TextRow
-from medvlm_harness.tracks.report_reading import ReportReader
+from medvlm_harness.tracks.report_pairs import ReportPairs
 from medvlm_harness.tracks.summarization_metrics import (
     LOWER_IS_BETTER,
     PER_STUDY,
@@ -26,12 +23,11 @@ __all__ = ["Summarization"]
 FLOORS = ("constant", "lead", "copy", "tfidf")
 
 
-class Summarization(GenerationTask):
+class Summarization(ReportPairs, GenerationTask):
     """`generate_until` requests: findings in, impression out, over the studies that have both, with an image or not.
 
-    Abnormal studies are those of which the label source does not say `No Finding`; where a set was prepared without
-    labels, the run's labeler reads the whole report. --metadata labeler=... is that labeler (`rules` by default), which
-    also reads generated and reference texts for label F1 and factuality.
+    --metadata labeler=... is the labeler (`rules` by default) that reads generated and reference texts for label F1 and
+    factuality, and says which studies are abnormal where a set was prepared without labels (see `ReportPairs`).
 
     YAML: as for `GenerationTask`.
     """
@@ -39,39 +35,16 @@ class Summarization(GenerationTask):
     RUNTIME_KEYS: ClassVar[frozenset[str]] = GenerationTask.RUNTIME_KEYS | {"labeler"}
 
     def read_declaration(self) -> None:
-        """Adds the labeler."""
+        """As for `GenerationTask`."""
         super().read_declaration()
-        self.reader = ReportReader(str(self.runtime.get("labeler", "rules")))
         self._scorer: SummaryScorer | None = None
 
     # --- documents
 
     def make_documents(self) -> Iterator[dict[str, Any]]:
         """One document per study with findings and impression."""
-        for study in self.studies:
-            findings, impression = study.findings.strip(), study.impression.strip()
-            if findings and impression:
-                yield self.document(study, source=findings, target=impression, abnormal=self._is_abnormal(study))
-
-    def what_studies_have(self) -> str:
-        """Counts of sections."""
-        findings = sum(bool(study.findings.strip()) for study in self.studies)
-        impression = sum(bool(study.impression.strip()) for study in self.studies)
-        return f"findings in {findings} and an impression in {impression}, never both"
-
-    @cached_property
-    def abnormal_by(self) -> str:
-        """What says which studies are abnormal: the label source, or the labeler of the run where there is none."""
-        if self.data.manifest.label_sources:
-            return self.label_source
-        return self.reader.labeler.name
-
-    def _is_abnormal(self, study: Study) -> bool:
-        if self.data.manifest.label_sources:
-            labels = study.labels.get(self.label_source)
-        else:
-            labels = self.reader.labels(compose_report(study.findings, study.impression))
-        return labels is None or labels.get("No Finding") != 1
+        for study, findings, impression in self.pairs:
+            yield self.document(study, source=findings, target=impression, abnormal=self.is_abnormal(study))
 
     # --- floors
 
@@ -80,22 +53,16 @@ class Summarization(GenerationTask):
         """Kind -> text per study id; constant and nearest neighbour learn from the train split.
 
         Raises:
-            UserError: if no study of the train split has both sections.
+            UserError: if that has nothing to learn from.
         """
-        train = [study for study in self.data.studies if study.split == "train"]
-        pairs = [(study.findings, study.impression) for study in train if study.findings and study.impression.strip()]
-        if not pairs:
-            raise UserError(
-                f"{self.task_name}: no study of {self.data.manifest.name} in split train has findings and impression, "
-                "which the floors are made from."
-            )
+        self.require_train_pairs()
+        known, written = zip(*((findings, impression) for _, findings, impression in self.train_pairs), strict=True)
         sources = [doc["source"] for doc in self.documents]
-        constant = most_frequent_summary([impression for _, impression in pairs])
         texts = {
-            "constant": [constant] * len(sources),
+            "constant": [most_frequent_summary(written)] * len(sources),
             "lead": leads(sources),
             "copy": copies(sources),
-            "tfidf": nearest_summaries([source for source, _ in pairs], [text for _, text in pairs], sources),
+            "tfidf": nearest_summaries(known, written, sources),
         }
         ids = [doc["study_id"] for doc in self.documents]
         return {kind: dict(zip(ids, texts[kind], strict=True)) for kind in FLOORS}
@@ -141,8 +108,6 @@ class Summarization(GenerationTask):
 
     def details(self) -> dict[str, Any]:
         """Adds what was left out, what read the texts, and label F1 of each label."""
-        no_findings = sum(not study.findings.strip() for study in self.studies)
-        no_impression = sum(not study.impression.strip() for study in self.studies)
         per_label = self._scorer_of(self.rows).label_estimates([row.text for row in self.rows]) if self.rows else {}
         return {
             **super().details(),
@@ -151,8 +116,7 @@ class Summarization(GenerationTask):
             "counts": {
                 "studies": len(self.documents),
                 "abnormal_studies": sum(doc["abnormal"] for doc in self.documents),
-                "studies_without_findings": no_findings,
-                "studies_without_impression": no_impression,
+                **self.left_out(),
             },
             "label_f1": {name: estimate.to_dict() for name, estimate in per_label.items()},
         }

@@ -15,7 +15,7 @@ from medvlm_harness.data.labels import Uncertain, resolve
 from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.requests import Capability, LabelScores, LabelSet
+from medvlm_harness.requests import Capability, ImageRef, LabelScores, LabelSet, TextRef
 from medvlm_harness.tracks import zero_shot_metrics as metrics
 from medvlm_harness.tracks.base import COMMON_KEYS, MedicalTask, Row
 
@@ -91,28 +91,30 @@ class ZeroShot(MedicalTask):
     # --- documents and requests
 
     def make_documents(self) -> Iterator[dict[str, Any]]:
-        """One document per image of the chosen views."""
-        for study, image, targets in self._labelled(self.studies):
+        """One document per input, such as an image of the chosen views."""
+        for study, image, targets in self.labelled(self.studies):
             yield {**self.document_ids(study, image), "target": targets[self.source], "targets": targets}
 
-    def _labelled(self, studies: Iterable[Study]) -> Iterator[tuple[Study, Image, dict[str, list[int | None]]]]:
-        """Images of the chosen views with their truth per source; one whose target field is empty is left out."""
+    def inputs(self, study: Study) -> Iterable[Image | None]:
+        """What of a study is classified: images, or None for its text."""
+        return [image for image in study.images if not self.views or image.view in self.views]
+
+    def labelled(self, studies: Iterable[Study]) -> Iterator[tuple[Study, Image | None, dict[str, list[int | None]]]]:
+        """Inputs with their truth per source; one whose target field is empty is left out."""
         for study in studies:
-            for image in study.images:
-                if self.views and image.view not in self.views:
-                    continue
+            for image in self.inputs(study):
                 targets = self._targets(study, image)
                 if targets is not None:
                     yield study, image, targets
 
-    def _targets(self, study: Study, image: Image) -> dict[str, list[int | None]] | None:
+    def _targets(self, study: Study, image: Image | None) -> dict[str, list[int | None]] | None:
         """Truth per source in the order of the labels; None where a multiclass field holds none of the options."""
         if self.target is None:
             return {
                 source: [resolve(study.labels.get(source), k, uncertain=self.uncertain) for k in self.label_source_keys]
                 for source in (self.source, *self.other_sources)
             }
-        value = image.view if self.target == "view" else study.subgroups.get(self.target)
+        value = image.view if image and self.target == "view" else study.subgroups.get(self.target)
         if value not in self.label_set.names:
             return None
         return {self.target: [int(name == value) for name in self.label_set.names]}
@@ -144,7 +146,7 @@ class ZeroShot(MedicalTask):
     def request_labels(self) -> LabelSet:
         """The label set as sent, with the train split's prevalence for the floor that `medvlm-baseline` gives."""
         train = [study for study in self.data.studies if study.split == "train"]
-        rows = [targets[self.source] for _, _, targets in self._labelled(train)]
+        rows = [targets[self.source] for _, _, targets in self.labelled(train)]
         prior = []
         for column in range(len(self.label_set.labels)):
             known = [value for row in rows if (value := row[column]) is not None]
@@ -152,14 +154,19 @@ class ZeroShot(MedicalTask):
         return LabelSet(self.label_set.name, self.label_set.kind, self.label_set.labels, tuple(prior))
 
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Instance:
-        """The image, with the whole label set."""
-        arguments = (self.image_ref(doc), self.request_labels)
+        """The input, with the whole label set."""
+        arguments = (self.input_ref(doc), self.request_labels)
         return Instance("classify", doc, arguments, 0, metadata=kwargs["metadata"])
 
+    def input_ref(self, doc: Mapping[str, Any]) -> ImageRef | TextRef:
+        """What the model is to classify."""
+        return self.image_ref(doc)
+
     def make_row(self, doc: Mapping[str, Any], results: Sequence[LabelScores]) -> ScoreRow:
-        """Scores and truth of one image."""
+        """Scores and truth of one input."""
         targets = {source: tuple(values) for source, values in doc["targets"].items()}
-        return ScoreRow(doc["study_id"], doc["patient_id"], doc["split"], doc["file"], results[0], targets)
+        ids = doc["study_id"], doc["patient_id"], doc["split"]
+        return ScoreRow(*ids, doc.get("file", ""), results[0], targets)
 
     # --- metrics
 
@@ -187,7 +194,7 @@ class ZeroShot(MedicalTask):
             studies,
             keys=[label.key for label in self.label_set.labels],
             subsets={name: [self.label_set.names.index(x) for x in members] for name, members in self.subsets.items()},
-            findings=self._finding_columns(),
+            findings=self.finding_columns(),
             others={source: by_source[source] for source in self.other_sources},
         )
 
@@ -195,7 +202,8 @@ class ZeroShot(MedicalTask):
         """Truth of one source, shape (n, labels): 1, 0, or NaN where unlabelled or left out."""
         return np.array([row.targets[source] for row in rows], dtype=np.float64)
 
-    def _finding_columns(self) -> list[int] | None:
+    def finding_columns(self) -> list[int] | None:
+        """The labels whose absence makes No Finding; None where it is not asked for."""
         if self.no_finding_except is None:
             return None
         return [i for i, name in enumerate(self.label_set.names) if name not in self.no_finding_except]
@@ -204,20 +212,24 @@ class ZeroShot(MedicalTask):
 
     def details(self) -> dict[str, Any]:
         """Adds the label set, where its truth comes from, and what was left out."""
-        images = [image for study in self.studies for image in study.images]
-        wanted = [image for image in images if not self.views or image.view in self.views]
         return {
             **super().details(),
             "label_set": str(self.label_set),
             "label_source": self.source,
             "compared_label_sources": list(self.other_sources) if self.target is None else [],
             "uncertain": self.uncertain,
-            "counts": {
-                "studies": len({doc["study_id"] for doc in self.documents}),
-                "images": len(self.documents),
-                "images_of_other_views": len(images) - len(wanted),
-                "images_without_target": len(wanted) - len(self.documents),
-            },
+            "counts": self.counts(),
+        }
+
+    def counts(self) -> dict[str, int]:
+        """What is scored, and what was left out."""
+        images = [image for study in self.studies for image in study.images]
+        wanted = [image for image in images if not self.views or image.view in self.views]
+        return {
+            "studies": len({doc["study_id"] for doc in self.documents}),
+            "images": len(self.documents),
+            "images_of_other_views": len(images) - len(wanted),
+            "images_without_target": len(wanted) - len(self.documents),
         }
 
     def score_records(self, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]]:

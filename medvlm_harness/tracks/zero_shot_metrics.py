@@ -14,7 +14,7 @@ from medvlm_harness.metrics.classification import weighted_accuracy, weighted_ba
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.ranking import WeightedRanking, average_precision
 
-__all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "multiclass", "multilabel"]
+__all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "multiclass", "multilabel", "no_finding"]
 
 Array = NDArray[np.float64]
 MINIMUM_SUPPORT = 10  # labels with fewer positives or negatives are shown, and left out of macros
@@ -53,8 +53,7 @@ def multilabel(
     for j, key in enumerate(keys):
         estimates[f"auroc_{key}"] = _single(y_true[:, j], margin[:, j], ids)
     if findings is not None:
-        absent, score = _no_finding(y_true[:, findings], margin[:, findings])
-        estimates["auroc_no_finding"] = _single(absent, score, ids)
+        estimates["auroc_no_finding"] = no_finding(y_true[:, findings], margin[:, findings], studies)
     for source, truth in others.items():
         estimates[f"auroc@{source}"] = _Macro(truth, margin, ids, keys).auroc(everything)
     return estimates
@@ -153,7 +152,7 @@ def _single(y_true: Array, score: Array, studies: NDArray[np.str_]) -> Estimate:
     y, s = y_true[known], score[known]
     positives = int(y.sum())
     if positives in (0, len(y)):
-        return Estimate.undefined("only one class among the labelled images", n=len(y), positives=positives)
+        return Estimate.undefined("only one class among what is labelled", n=len(y), positives=positives)
     value, stderr, low, high = auroc_interval(y, s, clusters=studies[known])
     if np.isnan(
         stderr
@@ -174,8 +173,14 @@ def _single(y_true: Array, score: Array, studies: NDArray[np.str_]) -> Estimate:
     )
 
 
-def _no_finding(y_true: Array, margin: Array) -> tuple[Array, Array]:
-    """No Finding as 1 - max over the findings; unknown where none is positive and one is unknown."""
+def no_finding(y_true: Array, margin: Array, studies: Sequence[str]) -> Estimate:
+    """AUROC of No Finding by minus the highest margin; unknown where no finding is positive and one is unknown.
+
+    Args:
+        y_true: as in `multilabel`, of the findings alone, shape (n, findings).
+        margin: of these, shape (n, findings).
+        studies: the study of each row, (n,).
+    """
     any_positive = (y_true == 1).any(axis=1)
     unknown = np.isnan(y_true).any(axis=1) & ~any_positive
-    return np.where(unknown, np.nan, 1.0 - any_positive), -margin.max(axis=1)
+    return _single(np.where(unknown, np.nan, 1.0 - any_positive), -margin.max(axis=1), np.asarray(studies))

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medvlm_harness.training.linear_probe import ITERATIONS
-
 __all__ = ["OUTSIDE", "TokenProbe", "bio_tags", "entities_of", "span_f1", "word_vectors"]
 
 OUTSIDE = "O"
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 3
+ITERATIONS = 2000
 Vectors = NDArray[np.float64]
 Span = tuple[int, int, str]  # first word, last word, label
 

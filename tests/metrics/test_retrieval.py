@@ -1,5 +1,6 @@
 import csv
 import itertools
+import math
 import subprocess
 import sys
 import tracemalloc
@@ -21,6 +22,7 @@ from medvlm_harness.metrics.retrieval import (
     rank_queries,
     rank_queries_by,
     recall_at,
+    recall_bound,
     reciprocal_rank,
 )
 
@@ -232,6 +234,68 @@ def test_the_ceiling_is_what_an_encoder_of_the_texts_reaches() -> None:
 def test_text_class_hits_have_no_such_ceiling() -> None:
     text = np.array([0, 0, 0, 0, 1])
     assert (recall_at(duplicate_ceiling(text, text, text, text), 1) == 1).all()
+
+
+def best_order_by_trying_all(
+    of_query: np.ndarray, of_gallery: np.ndarray, known: np.ndarray, known_of_gallery: np.ndarray, k: int
+) -> float:
+    """Independent and slow: equal queries share the best of all orders of the distinct gallery texts."""
+    found = []
+    for text in np.unique(known):
+        best = 0.0
+        for order in itertools.permutations(np.unique(known_of_gallery)):
+            total = 0.0
+            for wanted in of_query[known == text]:
+                missed, left = 1.0, k
+                for group in order:
+                    hit = of_gallery[known_of_gallery == group] == wanted
+                    drawn = min(left, hit.size)
+                    missed *= math.comb(hit.size - hit.sum(), drawn) / math.comb(hit.size, drawn)
+                    left -= drawn
+                total += 1 - missed
+            best = max(best, total)
+        found.append(best)
+    return sum(found) / len(of_query)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_with_duplicates_on_both_sides_no_order_beats_the_ceiling(seed: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    findings, impressions, own = rng.integers(0, 4, 9), rng.integers(0, 4, 9), np.arange(9)
+    best = best_order_by_trying_all(own, own, findings, impressions, k)
+    assert recall_at(duplicate_ceiling(own, own, findings, impressions), k).mean() == pytest.approx(best)
+    assert recall_bound(own, own, findings, impressions, k) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_bound_holds_for_queries_with_several_hits_and_is_reached_at_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    findings, impressions, classes = rng.integers(0, 4, 9), rng.integers(0, 4, 9), rng.integers(0, 3, 9)
+    for k in (1, 2, 4):
+        best = best_order_by_trying_all(classes, classes, findings, impressions, k)
+        bound = recall_bound(classes, classes, findings, impressions, k)
+        assert best - 1e-12 <= bound <= 1
+        assert k > 1 or bound == pytest.approx(best)
+
+
+def test_equal_findings_with_unequal_impressions_are_found_by_the_more_frequent_first() -> None:
+    """Two studies of three with these findings are normal; one normal impression is another study's too."""
+    findings, impressions = np.array([0, 0, 0, 1]), np.array([5, 5, 6, 5])
+    ceiling = duplicate_ceiling(np.arange(4), np.arange(4), findings, impressions)
+    # Of the first text: the three items "5" hold two of its hits (2/3 a slot), the item "6" one (1 a slot): "6" first.
+    assert ceiling.greater.tolist() == [1, 1, 0, 0]
+    assert ceiling.tied.tolist() == [3, 3, 1, 3]
+    assert recall_at(ceiling, 1).tolist() == pytest.approx([0, 0, 1, 1 / 3])
+    assert recall_at(ceiling, 2).tolist() == pytest.approx([1 / 3, 1 / 3, 1, 2 / 3])
+
+
+def test_what_is_left_out_is_no_part_of_the_bound() -> None:
+    assert recall_bound([0, -1, 3], [0, 1, 2], [0, 0, 0], [0, 1, 2], 1) == 1
+    assert np.isnan(recall_bound([4], [5], [0], [0], 1))
+    assert (duplicate_ceiling([4, 0], [0, 0], [0, -1], [0, 0]).hits_tied == 0).all()
+    with pytest.raises(ValueError, match="k to be at least 1"):
+        recall_bound([0], [0], [0], [0], 0)
 
 
 PUBLISHED = {  # ReXrank's files of the same split, numbers_and_lm_eval.md, section 4a

@@ -90,7 +90,14 @@ def test_a_pattern_loads_every_task_of_a_set(ours_alone: None) -> None:
     manager = TaskManager()
     loaded = manager.load(manager.match_tasks(["iu_cxr_*"]))["tasks"]
     group = yaml.safe_load((TASKS / "iu_cxr" / "_iu_cxr.yaml").read_text())
-    assert set(loaded) == set(group["task"]) > {"iu_cxr_zeroshot", "iu_cxr_entities"}
+    assert set(loaded) == set(group["task"]) > {"iu_cxr_zeroshot", "iu_cxr_text_zeroshot"}
+
+
+@pytest.mark.parametrize("name", ["iu_cxr", "demo_cxr"])
+def test_the_report_reading_ceiling_asks_what_the_images_are_asked(name: str, ours_alone: None) -> None:
+    loaded = TaskManager().load([f"{name}_zeroshot", f"{name}_text_zeroshot", f"{name}_text_probe"])["tasks"].values()
+    assert len({task.label_set.labels for task in loaded}) == 1
+    assert len({(tuple(task.subsets), task.no_finding_except) for task in loaded}) == 1
 
 
 def test_a_summary_says_track_and_data_set() -> None:

@@ -172,7 +172,7 @@ def test_rare_labels_are_shown_and_left_out_of_macros(folder: Path, score: Calla
     assert set(macro["labels"]) == {name.lower().replace(" ", "_") for name in FREQUENT}
     assert macro["left_out_positives"]["fracture"] == rare.positives
     never = result.estimates["auroc_pneumothorax"]
-    assert np.isnan(never.value) and never.reason == "only one class among the labelled images"
+    assert np.isnan(never.value) and never.reason == "only one class among what is labelled"
 
 
 def test_a_subset_with_a_label_left_out_is_marked_incomplete(folder: Path, score: Callable[..., Any]) -> None:
