@@ -23,7 +23,6 @@ __all__ = [
     "Uncertain",
     "mesh_labels",
     "mesh_rule_version",
-    "no_finding",
     "read_label_table",
     "resolve",
 ]
@@ -132,18 +131,6 @@ def resolve(labels: Labels | None, name: str, *, uncertain: Uncertain = "exclude
     if value is None:
         return 0
     return _UNCERTAIN[uncertain] if value == -1 else value
-
-
-def no_finding(labels: Labels | None, *, uncertain: Uncertain = "exclude") -> int | None:
-    """1 where none of CheXpert's twelve abnormalities is positive, 0 where one is, None where that is unknown.
-
-    Support devices are no abnormality. This is derived from the other labels; a source's own `No Finding`, which also
-    weighs findings outside the thirteen, is `resolve(labels, "No Finding")`.
-    """
-    values = [resolve(labels, name, uncertain=uncertain) for name in CHEXPERT_13 if name != "Support Devices"]
-    if 1 in values:
-        return 0
-    return None if None in values else 1
 
 
 def _columns(path: Path, row: Mapping[str, str]) -> dict[str, str]:

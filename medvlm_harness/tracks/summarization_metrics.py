@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medvlm_harness.data.chexpert import CHEXPERT_5, CHEXPERT_14
 from medvlm_harness.metrics.bootstrap import bootstrap_means
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.factuality import (
@@ -19,7 +20,7 @@ from medvlm_harness.metrics.factuality import (
     check_pair,
     factuality_rates,
 )
-from medvlm_harness.metrics.label_f1 import UncertainPolicy, label_f1_estimates, label_matrix
+from medvlm_harness.metrics.label_f1 import UncertainPolicy, label_f1, label_f1_estimates, label_matrix
 from medvlm_harness.metrics.radgraph import radgraph_f1_complete, radgraph_f1_partial, radgraph_f1_simple
 from medvlm_harness.metrics.rouge import rouge_scores, rouge_settings
 from medvlm_harness.tracks.report_reading import ReportReader
@@ -152,9 +153,6 @@ class SummaryScorer:
 
     def _values(self, texts: Sequence[str]) -> dict[str, float]:
         """Scores without intervals."""
-        from medvlm_harness.data.chexpert import CHEXPERT_5, CHEXPERT_14
-        from medvlm_harness.metrics.label_f1 import label_f1
-
         scores, labels = self.per_study(texts), self._labels_of(texts)
         five = [CHEXPERT_14.index(name) for name in CHEXPERT_5]
         values: dict[str, float] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from medvlm_harness.data.chexpert import CHEXPERT_13, CHEXPERT_14
-from medvlm_harness.data.labels import Uncertain, mesh_labels, no_finding, read_label_table, resolve
+from medvlm_harness.data.labels import Uncertain, mesh_labels, read_label_table, resolve
 from medvlm_harness.data.records import Dataset
 from medvlm_harness.data.sources.base import ReadLog
 from medvlm_harness.errors import UserError
@@ -135,20 +135,6 @@ def test_resolving_a_label(uncertain: Uncertain, expected: list[int | None]) -> 
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(UserError, match="exclude, positive, negative"):
         resolve({}, "a", uncertain="maybe")  # type: ignore[arg-type]
-
-
-def test_no_finding_is_derived_from_the_twelve_abnormalities() -> None:
-    none = dict.fromkeys(CHEXPERT_13, 0)
-    assert no_finding(none) == 1
-    assert no_finding(none | {"Support Devices": 1}) == 1
-    assert no_finding(none | {"Support Devices": -1}) == 1
-    assert no_finding(none | {"Edema": 1}) == 0
-    assert no_finding(none | {"Edema": -1}) is None
-    assert no_finding(none | {"Edema": -1}, uncertain="negative") == 1
-    assert no_finding(none | {"Edema": -1}, uncertain="positive") == 0
-    assert no_finding(none | {"Edema": -1, "Fracture": 1}) == 0
-    assert no_finding({"Edema": 0}) is None
-    assert no_finding(None) is None
 
 
 def test_the_labelers_table_reads_without_loss(shared: Path) -> None:
