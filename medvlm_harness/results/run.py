@@ -115,9 +115,11 @@ def unsupported_reason(lm: Any, task: Any) -> str | None:
 
 
 def _in_words(capability: str) -> str:
-    """`embed:image` as "embed images"."""
+    """`embed:image` as "embed images", `loglikelihood` as "answer loglikelihood requests"."""
     request, _, kind = capability.partition(":")
-    return f"{request} {kind}s" if kind else request
+    if " " in request:  # words already
+        return request
+    return f"{request} {kind}s" if kind else f"answer {request} requests"
 
 
 def _refuse_unknown_metadata(tasks: Iterable[Any], lm: Any) -> None:

@@ -103,9 +103,9 @@ def test_where_nothing_is_supported_the_run_stops_with_the_reasons(run: Callable
 def test_lm_evals_own_tasks_are_refused_beside_ours(manager: TaskManager) -> None:
     tasks = manager.load(["syn_view"])["tasks"] | {"stock": stock_task()}
     results = evaluate(lm=BaselineBackend(kind="random"), task_dict={"tasks": tasks, "groups": {}})
-    assert results["results"]["stock"]["unsupported,none"] == "medvlm-baseline cannot loglikelihood"
+    assert results["results"]["stock"]["unsupported,none"] == "medvlm-baseline cannot answer loglikelihood requests"
     assert 0 <= results["results"]["syn_view"]["accuracy,none"] <= 1
-    with pytest.raises(UserError, match="stock: medvlm-baseline cannot loglikelihood"):
+    with pytest.raises(UserError, match="stock: medvlm-baseline cannot answer loglikelihood requests"):
         evaluate(lm=BaselineBackend(), task_dict={"tasks": {"stock": stock_task()}, "groups": {}})
 
 

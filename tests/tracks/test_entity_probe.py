@@ -212,7 +212,7 @@ def test_a_model_without_token_vectors_is_refused_with_the_reason(radgraph_files
     from medvlm_harness.model_backends.baseline import BaselineBackend
 
     reason = unsupported_reason(BaselineBackend(), task(radgraph_files.folder))
-    assert reason == "medvlm-baseline cannot embed_tokens"
+    assert reason == "medvlm-baseline cannot answer embed_tokens requests"
 
 
 def test_no_rows_give_no_numbers(radgraph_files: Any) -> None:
