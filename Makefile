@@ -34,4 +34,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt medvlm_harness.pth
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps radgraph  # its scoring file, which tests compare with
 	touch $(STAMP)
