@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -189,16 +189,22 @@ def duplicate_ceiling(
     """
     known = _Duplicates(query_class, gallery_class, query_text, gallery_text)
     greater, tied, hits = np.zeros((3, len(known.of_query)), dtype=np.int64)
+    # Where the query's class is certain, what is likeliest to be a hit comes first.
+    best = known.per_class(np.maximum, known.density)
+    first = known.density == np.repeat(best, known.sizes)
+    place = known.place_of_class(known.certain)
+    tied[known.certain] = known.per_class(np.add, known.copies[known.hit_text] * first)[place]
+    hits[known.certain] = known.per_class(np.add, known.hits * first)[place]
     for same in known.equal_queries():
         order = known.order_for(same)
         of_query = known.of_query[same]
         for asked in np.unique(of_query):
             its = order.hit_class == asked
-            best = order.density[order.hit_text[its]].max()
+            highest = order.density[order.hit_text[its]].max()
             these = same[of_query == asked]
-            greater[these] = order.copies[order.density > best].sum()
-            tied[these] = order.copies[order.density == best].sum()
-            hits[these] = order.hits[its & (order.density[order.hit_text] == best)].sum()
+            greater[these] = order.copies[order.density > highest].sum()
+            tied[these] = order.copies[order.density == highest].sum()
+            hits[these] = order.hits[its & (order.density[order.hit_text] == highest)].sum()
     return RankedQueries(greater, tied, hits, known.gallery)
 
 
@@ -220,7 +226,13 @@ def recall_bound(
     if k < 1:
         raise ValueError(f"Expected k to be at least 1, but got {k}.")
     known = _Duplicates(query_class, gallery_class, query_text, gallery_text)
-    found, asked = 0.0, 0
+    likeliest = np.lexsort((-known.density, known.hit_class))
+    copies, density = known.copies[known.hit_text[likeliest]], known.density[likeliest]
+    before = np.cumsum(copies) - copies
+    before -= np.repeat(before[known.starts], known.sizes)
+    bounds = np.minimum(1.0, known.per_class(np.add, np.clip(k - before, 0, copies) * density))
+    found = float(bounds[known.place_of_class(known.certain)].sum())
+    asked = int(known.certain.sum())
     for same in known.equal_queries():
         order = known.order_for(same)
         first = np.argsort(-order.density, kind="stable")
@@ -259,11 +271,27 @@ class _Duplicates:
         hit = (texts >= 0) & (of_gallery >= 0)
         pairs, self.hits = np.unique(np.c_[of_gallery[hit], texts[hit]], axis=0, return_counts=True)
         self.hit_class, self.hit_text = pairs.T
+        self.classes, self.starts, self.sizes = np.unique(self.hit_class, return_index=True, return_counts=True)
+        # Probability that a gallery item of the text is of the class, (pairs,).
+        self.density = self.hits / self.copies[self.hit_text]
         self.asked = (self.text >= 0) & np.isin(self.of_query, self.hit_class)
+        # Queries whose text says their class; of the others it leaves several open.
+        known = np.unique(np.c_[self.text, self.of_query][self.asked], axis=0)[:, 0]
+        texts, times = np.unique(known, return_counts=True)
+        self.certain = self.asked & np.isin(self.text, texts[times == 1])
+
+    def per_class(self, reduce: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
+        """What is computed of the texts of each class, (pairs,) to (classes,)."""
+        result: NDArray[Any] = reduce.reduceat(values, self.starts) if self.starts.size else values
+        return result
+
+    def place_of_class(self, queries: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """The place of each query's class in `classes`."""
+        return np.searchsorted(self.classes, self.of_query[queries])
 
     def equal_queries(self) -> Iterator[NDArray[np.intp]]:
-        """The queries of each text."""
-        queries = np.flatnonzero(self.asked)
+        """The queries of each text that leaves their class open."""
+        queries = np.flatnonzero(self.asked & ~self.certain)
         queries = queries[np.argsort(self.text[queries], kind="stable")]
         if queries.size:
             yield from np.split(queries, np.flatnonzero(np.diff(self.text[queries])) + 1)

@@ -557,7 +557,11 @@ def test_a_stock_choice_task_runs_and_a_writing_one_says_why_not(
         device="cpu",
         bootstrap_iters=0,
     )
-    assert results["results"]["writing_task"]["unsupported,none"].partition(":")[0].endswith("cannot answer generate_until requests")
+    assert (
+        results["results"]["writing_task"]["unsupported,none"]
+        .partition(":")[0]
+        .endswith("cannot answer generate_until requests")
+    )
     right = []
     for sample in results["samples"]["stock_task"]:
         question = sample["doc"]["question"]
