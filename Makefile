@@ -29,10 +29,11 @@ format: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# setuptools is installed first and the build is not isolated, so that the pinned one builds the package.
+# setuptools is installed first and the build is not isolated, so that the pinned one builds the package. radgraph is
+# there for its scoring file, which tests compare ours with.
 $(STAMP): pyproject.toml setup.py constraints.txt medvlm_harness.pth
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps radgraph  # its scoring file, which tests compare with
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/compared --upgrade radgraph
 	touch $(STAMP)

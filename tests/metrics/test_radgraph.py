@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,10 +92,13 @@ def test_equals_an_independent_count(level: str) -> None:
 
 @pytest.fixture
 def rewards() -> ModuleType:
-    """radgraph's own scoring file, without the package around it, which imports torch and AllenNLP."""
-    found = importlib.util.find_spec("radgraph")
+    """radgraph's own scoring file, without the package around it, which imports torch and AllenNLP.
+
+    `make test` puts it into a folder of the environment that is on no path: it brings a package called `tests` along.
+    """
+    found = PathFinder.find_spec("radgraph", [str(Path(sys.prefix, "compared")), *sys.path])
     if found is None or not found.submodule_search_locations:
-        pytest.skip("needs radgraph's scoring code: pip install --no-deps radgraph==0.1.18")
+        pytest.skip("needs radgraph's scoring code: pip install --no-deps --target FOLDER radgraph==0.1.18")
     spec = importlib.util.spec_from_file_location("rewards", Path(found.submodule_search_locations[0], "rewards.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
