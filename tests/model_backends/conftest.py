@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,35 @@ from transformers import (
 from medvlm_harness.requests import ImageRef, LabelSet
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def in_one_and_two(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
+    """The results of `medvlm run` with these arguments in one process, and in two."""
+    launchers = {
+        "one": (sys.executable,),
+        "two": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    }
+
+    def run(*arguments: str, **variables: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        found = {}
+        for name, launcher in launchers.items():
+            out = ("--output_path", str(tmp_path / name), "--device", "cpu")
+            done = subprocess.run(
+                [*launcher, "-m", "medvlm_harness", "run", *arguments, *out],
+                env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=240,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout[-3000:]
+            (path,) = (tmp_path / name).rglob("results_*.json")
+            found[name] = json.loads(path.read_text(encoding="utf-8"))
+        return found["one"], found["two"]
+
+    return run
 
 
 @pytest.fixture

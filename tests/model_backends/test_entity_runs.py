@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,28 +99,13 @@ def test_a_plan_counts_the_training_texts(radgraph: Path, monkeypatch: pytest.Mo
     assert set(texts) == {one["text"] for part in reports for one in part.values()}
 
 
-def test_two_processes_probe_as_one(tiny_model: Callable[[str], Path], radgraph: Path, tmp_path: Path) -> None:
-    launchers = {
-        "one": (sys.executable,),
-        "two": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-    }
-    found = {}
-    for name, launcher in launchers.items():
-        arguments = ("--model", "medvlm-text-encoder", "--model_args", f"pretrained={tiny_model('bert')},store=off")
-        out = ("--output_path", str(tmp_path / name), "--device", "cpu", "--limit", "5", "--log_samples")
-        done = subprocess.run(
-            [*launcher, "-m", "medvlm_harness", "run", *arguments, "--tasks", "radgraph_entity_probe", *out],
-            env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: str(radgraph)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
-        (path,) = (tmp_path / name).rglob("results_*.json")
-        found[name] = json.loads(path.read_text(encoding="utf-8"))
-    one, two = (found[name]["medvlm"] for name in launchers)
+def test_two_processes_probe_as_one(
+    tiny_model: Callable[[str], Path], radgraph: Path, in_one_and_two: Callable[..., tuple[dict[str, Any], ...]]
+) -> None:
+    arguments = ("--model", "medvlm-text-encoder", "--model_args", f"pretrained={tiny_model('bert')},store=off")
+    more = ("--tasks", "radgraph_entity_probe", "--limit", "5", "--log_samples")
+    runs = in_one_and_two(*arguments, *more, **{VARIABLE: str(radgraph)})
+    one, two = (run["medvlm"] for run in runs)
     assert (one["model"]["world_size"], two["model"]["world_size"]) == (1, 2)
     of_one, of_two = (run["tasks"]["radgraph_entity_probe"] for run in (one, two))
     assert of_two["probe"]["train_reports"] == of_one["probe"]["train_reports"] == 12

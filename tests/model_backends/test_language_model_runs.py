@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,29 +79,11 @@ def test_a_task_with_images_is_refused_and_the_rest_runs(tiny_model: Callable[[s
     assert "acc,none" in found["results"]["tiny_choice"]
 
 
-def test_two_processes_answer_as_one(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
-    launchers = {
-        "one": (sys.executable,),
-        "two": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-    }
-    found = {}
-    for name, launcher in launchers.items():
-        arguments = ("--model", "medvlm-lm", "--model_args", f"pretrained={tiny_model('llama')},store=off")
-        out = ("--output_path", str(tmp_path / name), "--device", "cpu")
-        tasks = ("--tasks", "tiny_choice,tiny_text", "--include_path", str(folder))
-        done = subprocess.run(
-            [*launcher, "-m", "medvlm_harness", "run", *arguments, *tasks, *out],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
-        (path,) = (tmp_path / name).rglob("results_*.json")
-        found[name] = json.loads(path.read_text(encoding="utf-8"))
-    one, two = found["one"], found["two"]
+def test_two_processes_answer_as_one(
+    tiny_model: Callable[[str], Path], folder: Path, in_one_and_two: Callable[..., tuple[dict[str, Any], ...]]
+) -> None:
+    arguments = ("--model", "medvlm-lm", "--model_args", f"pretrained={tiny_model('llama')},store=off")
+    one, two = in_one_and_two(*arguments, "--tasks", "tiny_choice,tiny_text", "--include_path", str(folder))
     assert two["medvlm"]["model"]["world_size"] == 2
     for task in ("tiny_choice", "tiny_text"):
         assert two["results"][task] == one["results"][task]
