@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.labelers.radgraph_json import RELATIONS, Entities
 from medvlm_harness.metrics._arrays import ratio_or_nan
 from medvlm_harness.metrics.matches import MatchCounts, count_matches, weighted_micro_f1
 
@@ -39,10 +40,7 @@ RADGRAPH_LABELS = frozenset(
 )
 """RadGraph-XL's labels. The first release's (OBS-DP, ...) must be given these names when files are read."""
 _FIRST_RELEASE = ("ANAT-DP", "OBS-DP", "OBS-U", "OBS-DA")
-RADGRAPH_RELATIONS = frozenset({"modify", "located_at", "suggestive_of"})
-
-Entities = Mapping[str, Mapping[str, Any]]
-"""The `entities` of one report as in RadGraph's JSON: id -> tokens, label, relations (for spans: start_ix, end_ix)."""
+RADGRAPH_RELATIONS = frozenset(RELATIONS)
 
 
 class _Entity(NamedTuple):

@@ -101,15 +101,15 @@ def unsupported_reason(lm: Any, task: Any) -> str | None:
         output_type = str(getattr(task, "OUTPUT_TYPE", ""))
         needs = {STOCK_REQUESTS.get(output_type, output_type)}
     capabilities, lacks = getattr(lm, "CAPABILITIES", None), getattr(lm, "lacks", {})
+    name = getattr(getattr(lm, "card", None), "name", type(lm).__name__)
     if getattr(task, "MULTIMODAL", False) and not getattr(lm, "MULTIMODAL", False):
-        missing = {"take images"}  # lm-eval itself ends the whole run
-    elif capabilities is None:
+        return f"{name} cannot take images"  # lm-eval itself ends the whole run
+    if capabilities is None:
         missing = {need for need in needs if not hasattr(lm, need.partition(":")[0])}
     else:
         missing = needs - (capabilities - lacks.keys())
     if not missing:
         return None
-    name = getattr(getattr(lm, "card", None), "name", type(lm).__name__)
     reasons = "".join(f": {lacks[need]}" for need in sorted(missing) if need in lacks)
     return f"{name} cannot {' and '.join(map(_in_words, sorted(missing)))}{reasons}"
 
@@ -117,8 +117,6 @@ def unsupported_reason(lm: Any, task: Any) -> str | None:
 def _in_words(capability: str) -> str:
     """`embed:image` as "embed images", `loglikelihood` as "answer loglikelihood requests"."""
     request, _, kind = capability.partition(":")
-    if " " in request:  # words already
-        return request
     return f"{request} {kind}s" if kind else f"answer {request} requests"
 
 

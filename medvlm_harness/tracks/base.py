@@ -113,7 +113,7 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
             task=name,
             task_alias=alias,
             output_type=self.OUTPUT_TYPE,
-            generation_kwargs=self._lm_eval_options(declared),
+            generation_kwargs=self.generation_options(),
             num_fewshot=0,
             metadata=self.metadata,
         )
@@ -126,14 +126,11 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
             raise UserError(f"{name}: expected `dataset:` to name a prepared set, but got {declared.get('dataset')!r}.")
         self.read_declaration()
 
-    def _lm_eval_options(self, declared: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The `generation_kwargs` for lm-eval's own config, which warns of a task that generates and has none."""
-        if self.OUTPUT_TYPE != "generate_until":
-            return None
-        options = declared.get("generation_kwargs")
-        return dict(options) if isinstance(options, Mapping) else {}
-
     # --- for subclasses
+
+    def generation_options(self) -> dict[str, Any] | None:
+        """The `generation_kwargs` of lm-eval's own config; None for a task in which nothing is generated."""
+        return None
 
     @abstractmethod
     def read_declaration(self) -> None:
@@ -287,9 +284,13 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
                     f"{self.task_name}: --samples asks for document {number}, but they go from 0 to "
                     f"{len(self.documents) - 1}."
                 )
-        chosen = [self.documents[number] for number in self._asked] or self.documents[:limit]
+        chosen = self.chosen_documents(limit=limit, samples=samples)
         own = [(k, doc) for k, doc in enumerate(chosen) if self.study_numbers[doc["study_id"]] % world_size == rank]
         return iter(own or [(0, {**chosen[0], STAND_IN: True})])
+
+    def chosen_documents(self, *, limit: int | None, samples: Sequence[int] | None) -> list[dict[str, Any]]:
+        """The documents of all processes: those of --samples, else the first `limit`."""
+        return [self.documents[number] for number in samples or ()] or self.documents[:limit]
 
     @cached_property
     def study_numbers(self) -> dict[str, int]:

@@ -94,6 +94,11 @@ class GenerationTask(PromptedTask):
                 f"{self.task_name}: filter_list names a filter that lm-eval does not know: {error}."
             ) from error
 
+    def generation_options(self) -> dict[str, Any]:
+        """The YAML's; `read_declaration` refuses what is no mapping."""
+        options = self.declared.get("generation_kwargs")
+        return dict(options) if isinstance(options, Mapping) else {}
+
     @property
     def generation_kwargs(self) -> dict[str, Any]:
         """The YAML's, with what --gen_kwargs says; a new copy each time, as stock backends take keys out."""

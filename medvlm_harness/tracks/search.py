@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -76,9 +77,9 @@ class SearchTask(MedicalTask):
 
     # --- for subclasses
 
+    @abstractmethod
     def sides(self, rows: Sequence[Any], text: str) -> tuple[Side, Side]:
         """Both sides of the rows that have the text, in the order of the directions."""
-        raise NotImplementedError
 
     # --- documents
 

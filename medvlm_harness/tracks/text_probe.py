@@ -113,7 +113,7 @@ class TextProbe(TextZeroShot):
         Shared by the processes that have a document: with its row the vectors come to where the probe is fitted.
         """
         super().build_all_requests(limit=limit, samples=samples, rank=rank, world_size=world_size, **options)
-        chosen = [self.documents[number] for number in samples or ()] or self.documents[:limit]
+        chosen = self.chosen_documents(limit=limit, samples=samples)
         working = sorted({self.study_numbers[doc["study_id"]] % world_size for doc in chosen})
         share = list(self._train_studies)[working.index(rank) :: len(working)] if rank in working else []
         self._instances = [*(self._instances or ()), *map(self._training_request, share)]
