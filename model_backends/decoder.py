@@ -1,7 +1,7 @@
 """Forward passes of a causal or encoder-decoder model of transformers: scoring continuations, and generating texts.
 
-One batch at a time; what is in it, and how large it is, is decided elsewhere. A prompt may carry tensors beside its
-tokens: `stack` says how those of a batch go into the model.
+One batch at a time; what is in it, and how large it is, is decided elsewhere. A prompt may have images beside its
+tokens: `stack` says what goes into the model for those of a batch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from medvlm_harness.model_backends.sequences import (
 )
 from medvlm_harness.requests import Generation
 
-__all__ = ["Decoder", "Decoding"]
+__all__ = ["Decoder", "Decoding", "Prefix"]
 
 DEFAULT_MAX_GEN_TOKS = 256  # lm-eval's, where a task names none
-Stack = Callable[[Sequence[Prompt]], Mapping[str, torch.Tensor]]
+# From prompts and the padded tokens of their batch, (n, length), to what goes into the model beside them.
+Stack = Callable[[Sequence[Prompt], torch.Tensor], Mapping[str, torch.Tensor]]
 
 
 class Decoding(NamedTuple):
@@ -71,6 +72,14 @@ class Decoding(NamedTuple):
         return json.dumps([list(self.until), self.max_new_tokens, dict(self.options)], sort_keys=True)
 
 
+class Prefix(NamedTuple):
+    """The first tokens of several prompts as a model remembers them; one length for all."""
+
+    cache: Any  # transformers' keys and values, one row per prompt
+    length: int
+    first: torch.Tensor  # (prompts,): the position of the token that comes next
+
+
 class Decoder:
     """A loaded model with its tokenizer.
 
@@ -89,7 +98,12 @@ class Decoder:
         self.network, self.tokenizer, self.seq2seq = network, tokenizer, seq2seq
         self.device, self.stack, self._limit = device, stack, limit
         base = network.get_base_model() if hasattr(network, "get_base_model") else network
+        self._inner = getattr(base, "model", None)
         self._accepted = frozenset(inspect.signature(base.forward).parameters)
+        # Such a model (Qwen-VL) gives the tokens of an image two-dimensional positions, which it alone can count.
+        self._counts_positions = hasattr(self._inner, "get_rope_index")
+        # Newer releases of transformers have another name for it, and warn of the old one.
+        self._cache_name = "cache" if "cache" in self._accepted else "past_key_values"
         # A token for masked places. Its value decides nothing, but it must be one of the model's own.
         known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
         self._filler: int = next((token for token in known if token is not None), 0)
@@ -112,7 +126,7 @@ class Decoder:
         # their logits are made: over a vocabulary of 262,144, 1,024 tokens of an item would take 1 GB.
         batch = pad([(*item.prompt.ids, *item.ids)[:-1] for item in items], filler=self._filler, side="left")
         given = {"input_ids": batch.ids, "attention_mask": batch.mask}
-        if "position_ids" in self._accepted:
+        if "position_ids" in self._accepted and not self._counts_positions:
             given["position_ids"] = batch.positions
         logits = self._forward(given, prompts, use_cache=False, **self._last(max(len(item.ids) for item in items)))
         return [continuation_score(logits[row, -len(item.ids) :], item.ids) for row, item in enumerate(items)]
@@ -138,7 +152,7 @@ class Decoder:
                 stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, stops, start)]),
                 pad_token_id=self._filler,
                 eos_token_id=sorted(self.end_ids) or None,
-                **self.stack(prompts),
+                **self.stack(prompts, batch.ids),
                 **decoding.options,
             )
         except (ValueError, TypeError) as error:  # an option that `generate` does not know, or a value it refuses
@@ -160,6 +174,47 @@ class Decoder:
             given = {"input_ids": batch.ids, "attention_mask": batch.mask}
             self._forward(given, prompts, use_cache=True, **self._last(1))
 
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Prompt], length: int) -> Prefix:
+        """Read the first `length` tokens of each prompt, all of its images among them."""
+        ids = torch.tensor([prompt.ids[:length] for prompt in prompts])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "position_ids" in self._accepted and not self._counts_positions:
+            given["position_ids"] = torch.arange(length).expand(len(prompts), length)
+        output = self._output(given, prompts, use_cache=True, **self._last(1))
+        first = torch.full((len(prompts),), length, device=self.device)
+        if self._counts_positions and self._inner is not None:
+            first = first + self._inner.rope_deltas[:, 0]  # an image takes fewer positions than tokens
+        return Prefix(getattr(output, self._cache_name), length, first)
+
+    @torch.inference_mode()
+    def continue_from(
+        self, prefix: Prefix, rows: Sequence[int], tails: Sequence[Sequence[int]], *, skip: int = 0
+    ) -> torch.Tensor:
+        """Logits after each token of the tails but the first `skip`, (tails, longest - skip or more, vocabulary).
+
+        Args:
+            prefix: what was read; its cache is used up.
+            rows: the prompt that each tail goes on with.
+            tails: tokens, padded on the right.
+            skip: how many logits of each tail are not needed.
+        """
+        batch = pad(tails, filler=self._filler, side="right")
+        length = batch.ids.shape[1]
+        of = torch.tensor(rows, device=self.device)
+        prefix.cache.batch_select_indices(of)
+        seen = torch.ones((len(rows), prefix.length), dtype=torch.long)
+        given = {
+            "input_ids": batch.ids.to(self.device),
+            "attention_mask": torch.cat([seen, batch.mask], 1).to(self.device),
+        }
+        if "position_ids" in self._accepted:
+            positions = prefix.first[of][:, None] + torch.arange(length, device=self.device)
+            given["position_ids"] = positions.expand(3, *positions.shape) if self._counts_positions else positions
+        options = {self._cache_name: prefix.cache, "use_cache": True, **self._last(length - skip)}
+        logits: torch.Tensor = self.network(**given, **options).logits
+        return logits[:, logits.shape[1] - (length - skip) :]
+
     def _encoder_batch(self, prompts: Sequence[Prompt]) -> Padded:
         """Padded on the right, where no position moves."""
         return pad([prompt.ids for prompt in prompts], filler=self._filler, side="right", limit=self._limit)
@@ -169,6 +224,9 @@ class Decoder:
         return {"logits_to_keep": tokens} if "logits_to_keep" in self._accepted else {}
 
     def _forward(self, tokens: Mapping[str, torch.Tensor], prompts: Sequence[Prompt], **options: Any) -> torch.Tensor:
-        moved = {name: tensor.to(self.device) for name, tensor in tokens.items()}
-        logits: torch.Tensor = self.network(**moved, **self.stack(prompts), **options).logits
+        logits: torch.Tensor = self._output(tokens, prompts, **options).logits
         return logits
+
+    def _output(self, tokens: Mapping[str, torch.Tensor], prompts: Sequence[Prompt], **options: Any) -> Any:
+        moved = {name: tensor.to(self.device) for name, tensor in tokens.items()}
+        return self.network(**moved, **self.stack(prompts, tokens["input_ids"]), **options)

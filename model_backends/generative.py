@@ -1,6 +1,6 @@
 """Generation and log-likelihoods of any causal or encoder-decoder model of transformers, through the store.
 
-A subclass turns the arguments of a request into a `Prompt`: token ids, and tensors for what is no text. The store,
+A subclass turns the arguments of a request into a `Prompt`: token ids, and references to images. The store,
 batch sizes, repeats, truncation and its counts are here, forward passes in `decoder.py`. Conventions are those of
 lm-eval's `hf` backend (its `huggingface.py`, 0.4.13), so that the same model gives the same texts and log-likelihoods;
 where it depends on what else is in a batch, we do as it does for one item alone.
@@ -27,7 +27,7 @@ from medvlm_harness.model_backends.sequences import Prompt, Scored
 from medvlm_harness.model_backends.transformers_backend import TransformersBackend
 from medvlm_harness.requests import Capability, Generation
 
-__all__ = ["GenerativeBackend"]
+__all__ = ["GenerativeBackend", "StoredAnswer"]
 
 _log = logging.getLogger("lm_eval.medvlm")
 
@@ -36,17 +36,19 @@ Item = TypeVar("Item")
 CPU_BYTES = 2**31
 
 
-class _Answer(NamedTuple):
+class StoredAnswer(NamedTuple):
     """An answer as it is kept: lm-eval's part of it, and how many tokens of the prompt were cut."""
 
     value: Any
     cut: int
 
     def to_bytes(self) -> bytes:
+        """As it is stored: JSON."""
         return json.dumps([self.value, self.cut]).encode()
 
     @classmethod
-    def from_bytes(cls, stored: bytes) -> _Answer:
+    def from_bytes(cls, stored: bytes) -> StoredAnswer:
+        """What `to_bytes` gave."""
         value, cut = json.loads(stored)
         return cls(value, cut)
 
@@ -54,7 +56,7 @@ class _Answer(NamedTuple):
 class _Found(NamedTuple):
     """The answers by key, and which of them had not been asked for before: computed now, or recalled."""
 
-    of: Mapping[str, _Answer]
+    of: Mapping[str, StoredAnswer]
     computed: Sequence[str]
     recalled: Sequence[str]
 
@@ -63,14 +65,16 @@ class GenerativeBackend(TransformersBackend):
     """A model that writes, and says how likely a text is.
 
     A context that does not fit is cut from its left, logged and counted (`prompts_cut` of the results). Greedy texts
-    and log-likelihoods do not depend on the batch size; sampled texts are drawn one by one, each with a seed made from
-    `seed=`, its prompt and its repeat.
+    and log-likelihoods do not depend on the batch size in fp32 (in bf16 and fp16 the same sums round differently in
+    other shapes, which can turn a near tie between two tokens); sampled texts are drawn one by one, each with a seed
+    made from `seed=`, its prompt and its repeat.
     """
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
         {"generate_until", "loglikelihood", "loglikelihood_rolling"}
     )
     DEFAULT_PRECISION: ClassVar[str] = "checkpoint"
+    DECODER: ClassVar[type[Decoder]] = Decoder
 
     def __init__(self, *, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
@@ -78,7 +82,7 @@ class GenerativeBackend(TransformersBackend):
         self.generation_batching = BatchSize(self.batch_size, self.max_batch_size)
         self.generated = self.generations_recalled = self.scored = self.scores_recalled = 0
         self.prompts_cut = self.generations_unfinished = 0
-        self._answers: dict[tuple[str, str], dict[str, _Answer]] = {}
+        self._answers: dict[tuple[str, str], dict[str, StoredAnswer]] = {}
 
     # --- for subclasses
 
@@ -94,8 +98,13 @@ class GenerativeBackend(TransformersBackend):
     def encode_windows(self, text: str) -> list[Scored]:
         """A text as continuations that together are all of it (`loglikelihood_rolling`)."""
 
-    def stack(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """What goes into the model beside the tokens of a batch, on its device."""
+    def stack(self, prompts: Sequence[Prompt], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What goes into the model beside the tokens of a batch, on its device.
+
+        Args:
+            prompts: those of the batch.
+            ids: its padded tokens, (n, length).
+        """
         return {}
 
     @staticmethod
@@ -121,10 +130,10 @@ class GenerativeBackend(TransformersBackend):
         """Log-likelihood of each continuation in nats, and whether greedy decoding would give it."""
         inputs = {self.input_key(request.arguments): request.arguments for request in requests}
 
-        def compute(missing: Sequence[str]) -> Iterator[dict[str, _Answer]]:
+        def compute(missing: Sequence[str]) -> Iterator[dict[str, StoredAnswer]]:
             items = {key: self.encode_pair(inputs[key]) for key in missing}
             for scores in self._scores(items):
-                yield {key: _Answer(list(score), items[key].prompt.cut) for key, score in scores.items()}
+                yield {key: StoredAnswer(list(score), items[key].prompt.cut) for key, score in scores.items()}
 
         answers = self._answered("loglikelihood", "", inputs, compute)
         self._count_scores(answers)
@@ -135,15 +144,15 @@ class GenerativeBackend(TransformersBackend):
         """Log-likelihood of each whole text in nats: windows that each see what fits before them; 0 for no text."""
         inputs = {self.input_key(request.arguments): str(request.arguments[0]) for request in requests}
 
-        def compute(missing: Sequence[str]) -> Iterator[dict[str, _Answer]]:
+        def compute(missing: Sequence[str]) -> Iterator[dict[str, StoredAnswer]]:
             windows = {key: self.encode_windows(inputs[key]) for key in missing}
             parts: dict[str, dict[int, float]] = {key: {} for key in missing}
-            yield {key: _Answer(0.0, 0) for key, items in windows.items() if not items}
+            yield {key: StoredAnswer(0.0, 0) for key, items in windows.items() if not items}
             for scores in self._scores({(key, n): w for key, items in windows.items() for n, w in enumerate(items)}):
                 for (key, number), (score, _) in scores.items():
                     parts[key][number] = score
                 whole = {key for key, _ in scores if len(parts[key]) == len(windows[key])}
-                yield {key: _Answer(sum(parts[key][n] for n in range(len(windows[key]))), 0) for key in whole}
+                yield {key: StoredAnswer(sum(parts[key][n] for n in range(len(windows[key]))), 0) for key in whole}
 
         answers = self._answered("loglikelihood_rolling", "", inputs, compute)
         self._count_scores(answers)
@@ -156,13 +165,13 @@ class GenerativeBackend(TransformersBackend):
         kind: str,
         prompt: str,
         keys: Mapping[str, Any],
-        compute: Callable[[Sequence[str]], Iterator[Mapping[str, _Answer]]],
+        compute: Callable[[Sequence[str]], Iterator[Mapping[str, StoredAnswer]]],
     ) -> _Found:
         """The answers to inputs, each computed once; what is computed is stored slot by slot."""
         known = self._answers.setdefault((kind, prompt), {})
         new = [key for key in keys if key not in known]
         space = self.space(kind, prompt=prompt)
-        recalled = self.recall(space, new, _Answer.from_bytes)
+        recalled = self.recall(space, new, StoredAnswer.from_bytes)
         missing = [key for key in new if key not in recalled]
         known.update(recalled)
         for slot in compute(missing) if missing else ():
@@ -194,10 +203,10 @@ class GenerativeBackend(TransformersBackend):
             keys.append(key)
             arguments[key] = given
 
-        def compute(missing: Sequence[str]) -> Iterator[dict[str, _Answer]]:
+        def compute(missing: Sequence[str]) -> Iterator[dict[str, StoredAnswer]]:
             prompts = {key: self.encode_prompt(arguments[key], self._room(decoding)) for key in missing}
             for texts in self._texts(prompts, decoding):
-                yield {key: _Answer([str(text), text.finished], prompts[key].cut) for key, text in texts.items()}
+                yield {key: StoredAnswer([str(text), text.finished], prompts[key].cut) for key, text in texts.items()}
 
         answers = self._answered("generate_until", decoding.key, arguments, compute)
         self.generated += len(answers.computed)
@@ -228,7 +237,7 @@ class GenerativeBackend(TransformersBackend):
     def decoder(self) -> Decoder:
         """The loaded model."""
         self.ensure_loaded()
-        return Decoder(
+        return self.DECODER(
             self.model,
             self.tokenizer,
             seq2seq=self.is_seq2seq,

@@ -12,6 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.generative import GenerativeBackend
 from medvlm_harness.model_backends.sequences import Prompt, Scored
 
@@ -34,14 +35,15 @@ class LanguageModelBackend(GenerativeBackend):
     """
 
     MULTIMODAL = False
-    card: ModelCard = ModelCard(
-        name="medvlm-lm",
-        family="generative",
-        summary="any causal or encoder-decoder language model of transformers, GGUF files too",
-    )
+    card: ModelCard = backend_card("medvlm-lm")
 
     def model_class(self) -> Any:
-        """By what lm-eval's `hf` goes by as well.
+        """By what lm-eval's `hf` goes by as well."""
+        return self.class_of(self.config, self.pretrained)
+
+    @staticmethod
+    def class_of(config: Any, where: str) -> Any:
+        """The class of transformers for a language model's configuration.
 
         Raises:
             UserError: if it is an encoder, or no language model.
@@ -53,16 +55,19 @@ class LanguageModelBackend(GenerativeBackend):
             MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         )
 
-        kind = self.config.model_type
+        kind = config.model_type
         if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
             return AutoModelForSeq2SeqLM
-        if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(self.config, "is_decoder", False):
+        if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
             raise UserError(
-                f"{self.pretrained} is an encoder ({kind}), which cannot generate, and whose likelihoods are no causal "
+                f"{where} is an encoder ({kind}), which cannot generate, and whose likelihoods are no causal "
                 "model's: use --model medvlm-text-encoder."
             )
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise UserError(f"{self.pretrained} is no language model that transformers knows ({kind}).")
+            raise UserError(
+                f"{where} is no language model that transformers knows ({kind}); "
+                "models that see images take --model medvlm-vlm."
+            )
         return AutoModelForCausalLM
 
     # --- tokens

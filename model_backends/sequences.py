@@ -1,31 +1,35 @@
 """Token sequences in batches: padding, the score of a continuation, and where a generated text ends.
 
-Nothing here knows where tokens come from: a prompt may carry tensors beside its tokens (the pixels of its images).
+Nothing here knows where tokens come from; a prompt with images names them, and its tokens hold places for them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import StoppingCriteria
 
 from medvlm_harness.model_backends.towers import LENGTH_STEP
-from medvlm_harness.requests import Generation
+from medvlm_harness.requests import Generation, ImageRef
 
 __all__ = ["Padded", "Prompt", "Scored", "StopStrings", "continuation_score", "cut_at_end", "pad", "stop_strings"]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is given: tokens, special ones included, and how many were cut off their left to make it fit."""
+    """What a model is given: tokens, special ones included, and how many were cut off their left to make it fit.
+
+    Of images it holds references: pixels of a whole task would fill the memory, and are read batch by batch.
+    """
 
     ids: tuple[int, ...]
     cut: int = 0
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # per item, without a batch dimension
+    images: tuple[ImageRef, ...] = ()  # in the order of their places among the tokens
+    image_end: int = 0  # tokens up to and with the last one of the last image; 0 without images
 
 
 @dataclass(frozen=True, slots=True)

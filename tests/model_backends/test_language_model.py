@@ -70,7 +70,7 @@ def test_log_likelihoods_are_those_of_hf(tiny_model: Callable[[str], Path], kind
     expected = stock(folder).loglikelihood(scored(PAIRS), disable_tqdm=True)
     found = ours(folder, batch_size=4).loglikelihood(scored(PAIRS))
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-6)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
 
 
 def test_rolling_log_likelihoods_are_those_of_hf_also_beyond_the_context(
