@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from medvlm_harness.errors import UserError
-from medvlm_harness.model_backends.cards import ModelCard, Prompts, Source
+from medvlm_harness.model_backends.cards import ModelCard, Source
+from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.checkpoints import OPEN_CLIP_CONFIG, Checkpoint, open_clip_folder
 from medvlm_harness.model_backends.clip import TowerBackend
 from medvlm_harness.model_backends.towers import Towers
@@ -23,17 +24,7 @@ class BiomedClipBackend(TowerBackend):
     `hf-hub:` and the published name.
     """
 
-    card: ModelCard = ModelCard(
-        name="biomedclip",
-        family="dual encoder",
-        summary="BiomedCLIP, ViT-B/16 and PubMedBERT on figure-caption pairs of PubMed Central",
-        source=Source(HUB_ID),
-        licence="mit",
-        trained_on=("PMC-15M",),
-        # The model card gives positives only ("this is a photo of" + label); the negative phrase of the task goes in.
-        prompts=Prompts(("this is a photo of {}",), source=f"model card of {HUB_ID}", licence="MIT"),
-        reference="Zhang et al. 2023, arXiv 2303.00915",
-    )
+    card: ModelCard = backend_card("biomedclip")
 
     def locate(self) -> Checkpoint:
         """The folder's files; through the Hub there are none yet."""

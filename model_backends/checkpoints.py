@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from medvlm_harness.errors import UserError
 __all__ = [
     "OPEN_CLIP_CONFIG",
     "Checkpoint",
+    "find_folder",
     "gguf_checkpoint",
     "hub_folder",
     "open_clip_folder",
@@ -49,6 +51,13 @@ class Checkpoint:
     weights: tuple[Path, ...] = ()
     settings: tuple[Path, ...] = ()  # every other file that may decide an answer
     options: Mapping[str, Any] = field(default_factory=dict)  # what the user says beside them, such as an architecture
+
+    def label(self, weights: Path) -> str:
+        """What a file of weights is called in results: its name, with folders where that is not one file's alone."""
+        same = [path.absolute() for path in self.weights if path.name == weights.name]
+        if len(same) < 2:
+            return weights.name
+        return str(weights.absolute().relative_to(os.path.commonpath([path.parent for path in same])))
 
 
 def open_clip_folder(folder: Path) -> Checkpoint:
@@ -89,6 +98,25 @@ def gguf_checkpoint(folder: Path, name: str) -> Checkpoint:
         there = ", ".join(sorted(one.name for one in folder.glob("*.gguf"))) or "none"
         raise UserError(f"Expected gguf_file to name a file in {folder} (it holds {there}), but got {name!r}.")
     return Checkpoint((path,))
+
+
+def find_folder(pretrained: str, what: str, **hub: Any) -> tuple[Path, bool]:
+    """The folder that `pretrained` names, and whether it is a snapshot of the Hub.
+
+    Args:
+        pretrained: a local folder, or a name on the Hub.
+        what: what it may be, for the error.
+        **hub: for `hub_folder`.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        return path, False
+    if path.exists() or pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
+        raise UserError(f"Expected pretrained to be {what}, but got {pretrained}.")
+    return hub_folder(pretrained, **hub), True
 
 
 def hub_folder(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Path:

@@ -18,9 +18,11 @@ from scipy.special import expit
 from torch.nn.functional import interpolate
 
 from medvlm_harness.errors import UserError
-from medvlm_harness.model_backends.cards import ModelCard, Prompts, Source
+from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
-from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts, Vectors, unit
+from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts
+from medvlm_harness.model_backends.image_vectors import Vectors, unit
 from medvlm_harness.model_backends.open_clip_towers import load_exactly, read_checkpoint, wrap
 from medvlm_harness.model_backends.towers import Towers, refuse_key_mismatch
 from medvlm_harness.requests import LabelSet
@@ -54,7 +56,9 @@ def build_model(state: dict[str, torch.Tensor], where: str) -> Any:
         UserError: if a key is missing or unexpected, or a shape differs.
     """
     needed = ("visual.conv1.weight", "visual.positional_embedding", "text_projection", "token_embedding.weight")
-    refuse_key_mismatch(where, "CheXzero (an OpenAI CLIP state dict)", [k for k in needed if k not in state], [])
+    missing = [k for k in needed if k not in state]
+    held = state if len(missing) == len(needed) else ()
+    refuse_key_mismatch(where, "CheXzero (an OpenAI CLIP state dict)", missing, [], held=held)
     width, _, _, patch = state["visual.conv1.weight"].shape
     grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     text_width, embed_dim = state["text_projection"].shape
@@ -85,18 +89,7 @@ class CheXzeroBackend(DualEncoder):
     the other, so that a cosine is the mean of the members' cosines.
     """
 
-    card: ModelCard = ModelCard(
-        name="chexzero",
-        family="dual encoder",
-        summary="CheXzero, CLIP ViT-B/32 fine-tuned on MIMIC-CXR; one checkpoint or the ensemble of ten",
-        source=Source("github.com/rajpurkarlab/CheXzero (checkpoints on its Google Drive folder)"),
-        licence=None,  # code MIT; the weights state none
-        trained_on=("MIMIC-CXR",),
-        preprocessing="grey, longest side 320 on black 320x320, (x - 101.48761) / 83.43944, bicubic to the input size",
-        probability_scale="no scale",
-        prompts=Prompts(("{}",), ("no {}",), source="rajpurkarlab/CheXzero zero_shot.py", licence="MIT"),
-        reference="Tiu et al. 2022, Nature Biomedical Engineering, s41551-022-00936-9",
-    )
+    card: ModelCard = backend_card("chexzero")
 
     def locate(self) -> Checkpoint:
         """One checkpoint, or every `*.pt` of a folder in the order of their names."""
@@ -133,13 +126,29 @@ class CheXzeroBackend(DualEncoder):
         return self.members[0].preprocess(image)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n, 3, size, size) -> (n, members * d)."""
+        """(n, 3, size, size) -> (n, members * d), of length 1 per member."""
         return torch.cat([_unit(member.encode_images(pixels)) for member in self.members], dim=1)
+
+    def encode_image_maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The patches of all members: (n, 3, size, size) -> (n, members * width, h, w)."""
+        maps = [member.encode_image_maps for member in self.members]
+        return torch.cat([encode(pixels) for encode in maps if encode is not None], dim=1)
 
     def encode_texts(self, texts: list[str]) -> EncodedTexts:
         """(n, members * d); truncation is the same for all members."""
         encoded = [member.encode_texts(texts) for member in self.members]
         return EncodedTexts(torch.cat([_unit(e.vectors) for e in encoded], dim=1), encoded[0].truncated)
+
+    @torch.no_grad()
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The members' answers one after the other, each of any length."""
+        self.ensure_loaded()
+        pixels = pixels.to(self.device, self.dtype)
+        return torch.cat([member.encode_images(pixels) for member in self.members], dim=1).float().cpu()
+
+    def encode_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The members' answers one after the other, each of any length."""
+        return torch.cat([member.encode_ids(input_ids, attention_mask) for member in self.members], dim=1)
 
     def _score(self, images: Vectors, label_set: LabelSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         if len(self.checkpoint.weights) == 1 or label_set.kind == "multiclass":

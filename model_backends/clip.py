@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard, Source
+from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.checkpoints import (
     OPEN_CLIP_CONFIG,
     Checkpoint,
@@ -55,9 +56,18 @@ class TowerBackend(DualEncoder):
         """Image tower."""
         return self.towers.encode_images(pixels)
 
+    def encode_image_maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The last map of the image tower, where the library gives it."""
+        maps = self.towers.encode_image_maps
+        return super().encode_image_maps(pixels) if maps is None else maps(pixels)
+
     def encode_texts(self, texts: list[str]) -> EncodedTexts:
         """Text tower."""
         return self.towers.encode_texts(texts)
+
+    def encode_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Text tower on token ids."""
+        return self.towers.encode_ids(input_ids, attention_mask)
 
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
         """In tokens, where the tower runs as far as the longest text of a batch."""
@@ -74,11 +84,7 @@ class ClipBackend(TowerBackend):
     - `NAME/TAG` of open_clip, such as ViT-B-32/laion2b_s34b_b79k, or the tag with `architecture=`
     """
 
-    card: ModelCard = ModelCard(
-        name="medvlm-clip",
-        family="dual encoder",
-        summary="any open_clip model, and any CLIP- or SigLIP-like model of transformers",
-    )
+    card: ModelCard = backend_card("medvlm-clip")
 
     def __init__(self, *, architecture: str | None = None, model_revision: str | None = None, **options: Any) -> None:
         self.architecture, self.model_revision = architecture, model_revision

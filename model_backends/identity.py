@@ -16,9 +16,12 @@ __all__ = ["code_sha256", "combined_sha256", "library_versions", "state_sha256"]
 
 # A release of one of these may change pixels, tokens or kernels.
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "open_clip_torch", "timm", "pillow", "numpy")
-# Our modules that make answers; options, cards and ranks decide nothing of one.
+# Our modules that make answers; options, cards, records of hashes and ranks decide nothing of one.
 _ANSWERING = ("medvlm_harness.model_backends.", "medvlm_harness.data.images", "medvlm_harness.demo.tiny")
-_NOT_ANSWERING = {f"medvlm_harness.model_backends.{name}" for name in ("base", "cards", "identity", "ranks")}
+_NOT_ANSWERING = {
+    f"medvlm_harness.model_backends.{name}"
+    for name in ("base", "cards", "catalogue", "first_load", "identity", "ranks")
+}
 
 
 def code_sha256(backend: type) -> str:

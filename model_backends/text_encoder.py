@@ -17,7 +17,9 @@ from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.sentences import split_sentences
 from medvlm_harness.model_backends.batching import slots
 from medvlm_harness.model_backends.cards import ModelCard
-from medvlm_harness.model_backends.dual_encoder import log_odds_and_softmax, unit
+from medvlm_harness.model_backends.catalogue import backend_card
+from medvlm_harness.model_backends.dual_encoder import log_odds_and_softmax
+from medvlm_harness.model_backends.image_vectors import unit
 from medvlm_harness.model_backends.masked_scoring import MaskedRow, MaskedScorer, masked_rows
 from medvlm_harness.model_backends.text_vectors import TextVectors, text_of
 from medvlm_harness.requests import Capability, Generation, LabelScores, LabelSet, floors_of
@@ -72,12 +74,7 @@ class TextEncoderBackend(TextVectors):
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
         {"classify:text", "embed:text", "embed_tokens", "generate_until", "loglikelihood"}
     )
-    card: ModelCard = ModelCard(
-        name="medvlm-text-encoder",
-        family="text encoder",
-        summary="any masked language model of transformers, and sentence-transformers folders",
-        probability_scale="log-likelihood",
-    )
+    card: ModelCard = backend_card("medvlm-text-encoder")
 
     def __init__(self, *, classify_by: ClassifyBy = "auto", extractive: int | None = None, **options: Any) -> None:
         if extractive is not None and (not isinstance(extractive, int) or extractive < 1):
@@ -89,6 +86,7 @@ class TextEncoderBackend(TextVectors):
         writes = {"generate_until": WRITES_NOTHING} if extractive is None else {}
         self.lacks = {**writes, **({} if self.has_head else {"loglikelihood": NO_HEAD})}
         if extractive is not None:
+            self.floor = "copy"
             self.card = replace(self.card, name=f"{self.card.name} extractive")
         if classify_by == "likelihood" and not self.has_head:
             raise UserError(f"classify_by=likelihood cannot be used with {self.pretrained}: {NO_HEAD}.")

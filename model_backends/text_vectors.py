@@ -14,7 +14,7 @@ from tqdm import tqdm
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.batching import slots
 from medvlm_harness.model_backends.checkpoints import Checkpoint, tensor_names
-from medvlm_harness.model_backends.dual_encoder import unit
+from medvlm_harness.model_backends.image_vectors import unit
 from medvlm_harness.model_backends.sentence_layout import SentenceLayout, read_layout, vocabulary_is_cased
 from medvlm_harness.model_backends.sequences import pad
 from medvlm_harness.model_backends.towers import refuse_key_mismatch

@@ -12,6 +12,7 @@ from medvlm_harness.demo import tiny
 from medvlm_harness.demo.tiny import CONFIG_FILE, WEIGHTS_FILE, load_tiny, preprocess
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts
 
@@ -23,14 +24,7 @@ PACKAGED = "packaged"
 class TinyBackend(DualEncoder):
     """Takes no checkpoint: its weights come with the package."""
 
-    card: ModelCard = ModelCard(
-        name="medvlm-tiny",
-        family="dual encoder",
-        summary="the demo's model, trained on synthetic phantoms; not a medical model",
-        licence="apache-2.0",
-        trained_on=("synthetic phantoms of other seeds",),
-        preprocessing="grey, 96x96 bilinear, (x / 255 - 0.45) / 0.25",
-    )
+    card: ModelCard = backend_card("medvlm-tiny")
 
     def __init__(self, *, pretrained: str = PACKAGED, **options: Any) -> None:
         super().__init__(pretrained=pretrained, **options)
@@ -64,7 +58,16 @@ class TinyBackend(DualEncoder):
         """(n, 1, 96, 96) -> (n, 64)."""
         return self.tiny.encode_images(pixels)
 
+    def encode_image_maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 1, 96, 96) -> (n, 24, 6, 6), before it is flattened."""
+        maps: torch.Tensor = self.tiny.image_tower[:-1](pixels)
+        return maps
+
     def encode_texts(self, texts: list[str]) -> EncodedTexts:
         """(n, 64), and which texts were cut."""
         ids, truncated = self.tiny.tokenize(texts)
-        return EncodedTexts(self.tiny.encode_texts(ids.to(self.device)), truncated.tolist())
+        return EncodedTexts(self.encode_ids(ids.to(self.device), None), truncated.tolist())
+
+    def encode_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(n, length) -> (n, 64); padding is 0."""
+        return self.tiny.encode_texts(input_ids)

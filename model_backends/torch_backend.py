@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -22,8 +23,10 @@ from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.allocation import keep_freed_memory
 from medvlm_harness.model_backends.base import MedicalLM
 from medvlm_harness.model_backends.batching import BatchSize
-from medvlm_harness.model_backends.cards import card_beside
+from medvlm_harness.model_backends.cards import ModelCard, card_beside
+from medvlm_harness.model_backends.catalogue import find, published_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
+from medvlm_harness.model_backends.first_load import FIRST_LOADS, compare_with_first_load, refuse_other_bytes
 from medvlm_harness.model_backends.identity import code_sha256, combined_sha256, library_versions, state_sha256
 from medvlm_harness.model_backends.precision import choose_precision, dtype_of
 from medvlm_harness.store import Space, Store, open_store
@@ -40,6 +43,8 @@ class TorchBackend(MedicalLM):
     """A model in torch, loaded when it is first needed.
 
     A subclass names its files (`locate`), loads them (`load`) and says what of its preprocessing is not in them.
+
+    `card=NAME` says that a local copy is a model of the catalogue, whose card the results then have.
     """
 
     DEFAULT_PRECISION: ClassVar[str] = "fp32"
@@ -56,18 +61,20 @@ class TorchBackend(MedicalLM):
         device: str | None = None,
         precision: str | None = None,
         store: str = "auto",
+        card: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.pretrained = str(pretrained)
         self._device = pick_device(device, self.ranks.local_rank)
         self.checkpoint = self.locate()
+        self.card = self._published(card)
         self.precision_asked = str(precision or self.DEFAULT_PRECISION)
         self.precision = self.choose_precision(self.precision_asked)
         self.dtype = dtype_of(self.precision)
         self.batching = BatchSize(self.batch_size, self.max_batch_size)
         self.loaded = self._learned = False
-        self._digests: dict[str, Future[str]] = {}
+        self._digests: dict[Path, Future[str]] = {}
         self._store_option = str(store)
         self._complete_card()
 
@@ -143,6 +150,23 @@ class TorchBackend(MedicalLM):
         self._learned = True
         self._complete_card()
 
+    def _published(self, name: str | None) -> ModelCard:
+        """The catalogue's card: the one asked for (`card=NAME`), or that of the Hub id in `pretrained`.
+
+        Raises:
+            UserError: if there is none of that name, or it is another backend's.
+        """
+        backend = type(self).card.name
+        if name is not None:
+            entry = find(name)
+            if entry.run.model != backend:
+                runs = "nothing here" if entry.run.model is None else f"--model {entry.run.model}"
+                raise UserError(f"card={name} is a model that {runs} runs, not --model {backend}.")
+            return entry.card
+        source = self.card.source
+        known = None if source is None else published_card(backend, source.location, source.revision)
+        return known or self.card
+
     def _complete_card(self) -> None:
         """Add what was measured, and what the `medvlm_card.yaml` beside the weights says."""
         parameters = self.card.parameters if self.parameters is None else self.parameters
@@ -155,7 +179,7 @@ class TorchBackend(MedicalLM):
     def begin(self, background: Executor) -> None:
         """Hash the weights: of gigabytes it takes seconds."""
         if "weights" not in vars(self):
-            self._digests = {path.name: background.submit(file_sha256, path) for path in self.checkpoint.weights}
+            self._digests = {path: background.submit(file_sha256, path) for path in self.checkpoint.weights}
 
     @cached_property
     def store(self) -> Store | None:
@@ -165,12 +189,26 @@ class TorchBackend(MedicalLM):
     @cached_property
     def weights(self) -> dict[str, str]:
         """File name -> sha256 of the checkpoint's weights; of a model without local files, of its tensors."""
-        if not self.checkpoint.weights:
+        if self.checkpoint.weights:
+            begun = self._digests
+            hashes = {path: begun[path].result() if begun else file_sha256(path) for path in self.checkpoint.weights}
+            found = {self.checkpoint.label(path): digest for path, digest in hashes.items()}
+        else:
             self.ensure_loaded()
             state = getattr(self, "_loaded_weights", None)
-            return {} if state is None else {"state": state}
-        begun = self._digests
-        return {p.name: begun[p.name].result() if begun else file_sha256(p) for p in self.checkpoint.weights}
+            found = {} if state is None else {"state": state}
+        self._compare_with_source(found)
+        return found
+
+    def _compare_with_source(self, found: Mapping[str, str]) -> None:
+        """Refuse bytes that the card does not pin; tell of others than the source had at its first load here."""
+        source = self.card.source
+        if source is None:
+            return
+        refuse_other_bytes(self.card.name, source, found)
+        if self.store is not None and self.ranks.rank == 0:
+            for line in compare_with_first_load(source, found, self.store.path.with_name(FIRST_LOADS)):
+                _log.warning("%s", line)
 
     @cached_property
     def identity(self) -> dict[str, Any] | None:

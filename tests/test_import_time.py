@@ -37,6 +37,15 @@ def test_listing_and_checking_need_no_torch(module: str) -> None:
     assert "torch" not in imported_by(f"import {module}")
 
 
+@pytest.mark.parametrize("arguments", [[], ["chexzero"], ["--markdown"]])
+def test_models_are_listed_and_shown_without_torch(arguments: list[str]) -> None:
+    command = f"sys.argv = {['medvlm', 'models', *arguments]}"
+    code = f"import sys, contextlib, io\nfrom medvlm_harness.cli import main\n{command}\n"
+    code += "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()"
+    modules = imported_by(code)
+    assert "yaml" in modules and "torch" not in modules
+
+
 def test_every_public_name_is_reached_by_attribute() -> None:
     code = "import medvlm_harness\nfor name in medvlm_harness.__all__: assert getattr(medvlm_harness, name)"
     assert "torch" in imported_by(code)  # a backend needs it: this is what the lazy names put off

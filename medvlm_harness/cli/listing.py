@@ -1,4 +1,4 @@
-"""`medvlm ls`, `models`, `tasks-dir` and `doctor`: what there is, and where."""
+"""`medvlm ls`, `tasks-dir` and `doctor`: what there is, and where."""
 
 from __future__ import annotations
 
@@ -43,22 +43,6 @@ def ls(
     print_table("Tasks", ["Name", "Track", "Data set", "File", *(["Check"] if check else [])], rows)
     if failures:
         raise UserError(f"{len(failures)} of {len(names)} tasks do not load: {', '.join(sorted(failures))}.")
-
-
-@app.command()
-def models() -> None:
-    """List the registered models and what is known of them."""
-    from importlib import import_module
-
-    rows = []
-    for name, target in sorted(plugin.model_targets().items()):
-        module, _, attribute = target.partition(":")
-        backend = getattr(import_module(module), attribute)
-        card = backend.card
-        trained_on = "unknown" if card.trained_on is None else ", ".join(map(str, card.trained_on)) or "nothing"
-        needs = ", ".join(sorted(backend.options() - {"device", "batch_size", "max_batch_size"}))
-        rows.append([name, card.family, card.summary, card.licence or "not stated", trained_on, needs])
-    print_table("Models", ["Name", "Family", "What", "Licence of weights", "Trained on", "Options"], rows)
 
 
 @app.command("tasks-dir")

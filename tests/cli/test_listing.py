@@ -1,10 +1,9 @@
-"""`medvlm ls`, `models`, `tasks-dir` and `doctor`."""
+"""`medvlm ls`, `tasks-dir` and `doctor`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +59,6 @@ def test_ls_refuses_a_folder_that_is_not_there(medvlm: Callable[..., Any]) -> No
     assert outcome.status == 2
     assert "to be a folder with task YAML, but nowhere is not one" in outcome.error
     assert outcome.out == ""
-
-
-def test_models_lists_every_registered_model(medvlm: Callable[..., Any]) -> None:
-    status, out, err = medvlm("models")
-    assert (status, err) == (0, "")
-    registered = {point.name for point in entry_points(group="lm_eval.models") if point.dist.name == "medvlm-harness"}
-    listed = {line.split()[0] for line in out.splitlines() if line.strip()}
-    assert registered <= listed
-    assert len(registered) >= 5
 
 
 def test_doctor_says_what_is_there(medvlm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, prepared: Path) -> None:

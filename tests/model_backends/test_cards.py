@@ -72,3 +72,10 @@ def test_a_card_is_plain_json() -> None:
         name="a", family="generative", source=Source("o/n", "1" * 40, {"f": "h"}), prompts=Prompts(("{}",), ("no {}",))
     )
     assert json.loads(json.dumps(card.to_dict(), allow_nan=False))["source"]["revision"] == "1" * 40
+
+
+def test_a_card_says_how_it_was_trained(tmp_path: Path) -> None:
+    card = beside(tmp_path, "training: {method: projector, steps: 7}\n")
+    assert card.to_dict()["training"] == {"method": "projector", "steps": 7}
+    with pytest.raises(UserError, match="expected training to be a mapping"):
+        beside(tmp_path, "training: yesterday\n")

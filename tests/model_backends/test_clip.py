@@ -101,6 +101,8 @@ def test_a_folder_gives_open_clips_own_vectors(
     ours = vectors(backend, embed_requests([*refs, *TEXTS]))
     assert np.allclose(ours[:3], unit(model.encode_image(pixels)), rtol=0, atol=1e-6)
     assert np.allclose(ours[3:], unit(model.encode_text(tokens)), rtol=0, atol=1e-6)
+    assert torch.allclose(backend.image_features(pixels), model.encode_image(pixels), rtol=0, atol=1e-5)
+    assert torch.allclose(backend.text_features(tokens), model.encode_text(tokens), rtol=0, atol=1e-5)
     assert backend.logit_scale == pytest.approx(np.exp(3.0))
     assert backend.card.name == "tiny"
     assert backend.card.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -283,6 +285,10 @@ def test_a_clip_of_transformers_gives_its_own_vectors(
     images_expected = model.get_image_features(pixel_values=pixels).pooler_output
     assert np.allclose(ours[:3], unit(images_expected), rtol=0, atol=1e-5)
     assert np.allclose(ours[3:], unit(torch.cat(one_by_one)), rtol=0, atol=1e-5)  # padding is masked
+    assert torch.allclose(backend.image_features(pixels), images_expected, rtol=0, atol=1e-5)
+    padded = tokenizer(SHORT, padding="max_length", max_length=CONTEXT, return_tensors="pt")
+    text = backend.text_features(padded["input_ids"], padded["attention_mask"])
+    assert torch.allclose(text, torch.cat(one_by_one), rtol=0, atol=1e-5)
     assert backend.checkpoint.weights == (clip_folder / "model.safetensors",)
 
 
@@ -319,6 +325,7 @@ def test_a_siglip_of_transformers_pads_texts_to_full_length(
     assert np.allclose(ours[:3], unit(image), rtol=0, atol=1e-5)
     text = model.get_text_features(input_ids=padded).pooler_output
     assert np.allclose(ours[3:], unit(text), rtol=0, atol=1e-5)
+    assert torch.allclose(backend.text_features(padded), text, rtol=0, atol=1e-5)
     assert backend.logit_scale == pytest.approx(np.exp(2.0))
     # Negative control: padded to the longest only, the vectors are others.
     short = tokenizer(SHORT, padding="longest", return_tensors="pt")["input_ids"]
