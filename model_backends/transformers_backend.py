@@ -21,8 +21,8 @@ from medvlm_harness.model_backends.batching import BatchSize
 from medvlm_harness.model_backends.cards import Source, card_beside
 from medvlm_harness.model_backends.checkpoints import (
     Checkpoint,
+    find_folder,
     gguf_checkpoint,
-    hub_folder,
     tensor_shapes,
     transformers_folder,
 )
@@ -97,15 +97,13 @@ class TransformersBackend(TorchBackend):
         if path.is_file() and path.suffix == ".gguf" and self.gguf_file is None:
             path, self.gguf_file = path.parent, path.name
         name = path.name if path.exists() else self.pretrained.rpartition("/")[2]
-        if path.is_dir():
-            self.folder = path
-        elif path.exists() or self.pretrained.startswith((".", "/", "~")) or self.pretrained.count("/") > 1:
-            raise UserError(
-                f"Expected pretrained to be a folder as transformers saves it, a .gguf file, or a name on the Hub, "
-                f"but got {self.pretrained}."
-            )
-        else:
-            self.folder = hub_folder(self.pretrained, revision=self.model_revision, gguf_file=self.gguf_file)
+        self.folder, published = find_folder(
+            str(path) if path.is_dir() else self.pretrained,
+            "a folder as transformers saves it, a .gguf file, or a name on the Hub",
+            revision=self.model_revision,
+            gguf_file=self.gguf_file,
+        )
+        if published:
             self.card = replace(self.card, source=Source(self.pretrained, self.model_revision))
         if self.gguf_file is not None:
             name = Path(self.gguf_file).stem
@@ -163,6 +161,8 @@ class TransformersBackend(TorchBackend):
         # What transformers raises for files that it cannot read, from anywhere down to the parsers.
         try:
             yield
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"Cannot load the {what} of {self.pretrained} with transformers: {line}") from error
@@ -221,15 +221,12 @@ class TransformersBackend(TorchBackend):
 
     def load(self) -> None:
         """Read the weights in the precision of the run, round them, put the adapter on."""
-        model_class = self.model_class()
         self._need_gguf()
         options = {**self._source, **loading_options(self.quantization, self.dtype, self._device)}
         if self.is_gguf:
             options |= _unpacked()
         with self._one_line("model"):
-            model, info = model_class.from_pretrained(
-                self.folder, dtype=self.dtype, output_loading_info=True, **self.loading_options(), **options
-            )
+            model, info = self.read(dtype=self.dtype, output_loading_info=True, **options)
         self.check_keys(type(model).__name__, set(info["missing_keys"]), set(info["unexpected_keys"]))
         self.parameters = int(model.num_parameters())
         quantize_loaded(self.quantization, model)
@@ -239,6 +236,15 @@ class TransformersBackend(TorchBackend):
             model = adapted
         self.model = model
         self.after_loading(model)
+
+    def read(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """The model with its weights, and transformers' account of the keys that did not fit.
+
+        Args:
+            **options: for `from_pretrained`.
+        """
+        model, info = self.model_class().from_pretrained(self.folder, **self.loading_options(), **options)
+        return model, info
 
     def loading_options(self) -> dict[str, Any]:
         """What a subclass tells `from_pretrained`."""
