@@ -1,39 +1,34 @@
 """Dual encoders: one tower for images, one for texts, compared by cosine.
 
-A subclass loads its weights and says how pixels are prepared and both towers are run; batching, decoding in worker
-threads, the store, `embed` and `classify` are here.
+A subclass loads its weights and says how pixels are prepared and both towers are run; `embed` and `classify` are here,
+and what images need beside (batching, decoding in worker threads, the store) in `image_vectors.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
-from PIL.Image import Image
 from scipy.special import expit
-from tqdm import tqdm
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.batching import slots
-from medvlm_harness.model_backends.decoding import prepared
-from medvlm_harness.model_backends.torch_backend import TorchBackend
+from medvlm_harness.model_backends.class_prompts import PromptChoice, PromptList, choose_prompts
+from medvlm_harness.model_backends.image_vectors import ImageVectors, Vectors, unit
 from medvlm_harness.requests import Capability, Embedding, ImageRef, LabelScores, LabelSet, TextRef
 
-__all__ = ["DualEncoder", "EncodedTexts", "PromptChoice"]
+__all__ = ["DualEncoder", "EncodedTexts"]
 
 _log = logging.getLogger("lm_eval.medvlm")
 
-Vectors = NDArray[np.float32]
-PromptChoice = Literal["task", "published"]
-# A forward pass on a CPU uses its cores already, and one thread decodes some 500 chest X-rays of IU-CXR a second.
-CPU_DECODE_THREADS, DECODE_THREADS = 1, 4
+Phrases = Sequence[tuple[str, ...]]  # of each label
 
 
 class EncodedTexts(NamedTuple):
@@ -43,43 +38,40 @@ class EncodedTexts(NamedTuple):
     truncated: list[bool]  # per text: did the tokenizer cut it
 
 
-class DualEncoder(TorchBackend):
+class DualEncoder(ImageVectors):
     """An image tower and a text tower in one space.
 
     `classify` scores a label by cosines with its phrases. The embeddings of a label's positive phrases are averaged and
     renormalised, likewise its negative ones. Multilabel: margin = cos(positive) - cos(negative), probability the
     softmax of that pair on the card's scale. Multiclass: probabilities are the softmax over the options on that scale,
     the margin of an option is its log-odds, divided by the scale. So every margin is in units of a cosine.
+
+    `prompts=task` takes the task's phrases, `prompts=published` the card's short templates. A publication that keeps a
+    long list of class prompts scores them alone, with no negative phrase: with `prompts=published,prompts_file=FILE`
+    (the user's copy of it) or `prompts=ours` (our wording of its structure) a multilabel margin is the cosine with a
+    class's prompts, and its probability the sigmoid of it on the model's scale. A label that the list lacks is asked by
+    the task's positive phrases under the same rule, with a warning, and is named in the result.
     """
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"classify:image", "embed:image", "embed:text"})
-    FACTS: ClassVar[tuple[str, ...]] = (*TorchBackend.FACTS, "logit_scale")
+    FACTS: ClassVar[tuple[str, ...]] = (*ImageVectors.FACTS, "logit_scale")
+    PROMPT_LIST: ClassVar[PromptList | None] = None  # where the publication keeps a list of class prompts
     logit_scale: float = 1.0  # multiplies cosines, where the card's probability_scale says so
 
-    def __init__(self, *, prompts: PromptChoice = "task", decode_threads: int | None = None, **options: Any) -> None:
+    def __init__(self, *, prompts: PromptChoice = "task", prompts_file: str | None = None, **options: Any) -> None:
         super().__init__(**options)
-        if prompts not in ("task", "published"):
-            raise UserError(f"Expected prompts to be task or published, but got {prompts!r}.")
-        if prompts == "published" and self.card.prompts is None:
-            raise UserError(f"{self.card.name} has no published prompts on its card: use prompts=task.")
-        if decode_threads is not None and (not isinstance(decode_threads, int) or decode_threads < 1):
-            raise UserError(f"Expected decode_threads to be 1 or more, but got {decode_threads!r}.")
+        self.class_prompts = choose_prompts(
+            prompts, prompts_file, model=self.card.name, templates=self.card.prompts, listed=self.PROMPT_LIST
+        )
+        if self.class_prompts is not None:
+            self.card = replace(self.card, probability_scale="sigmoid")
         self.prompts = prompts
-        self.decode_threads = decode_threads or (CPU_DECODE_THREADS if self.device.type == "cpu" else DECODE_THREADS)
-        self.images_encoded = self.texts_encoded = self.images_recalled = self.texts_recalled = 0
-        self._image_vectors: dict[str, Vectors] = {}
+        self.prompts_lacking: dict[str, list[str]] = {}  # label set -> labels that the list of prompts lacks
+        self.texts_encoded = self.texts_recalled = 0
         self._text_vectors: dict[str, Embedding] = {}
         self._label_vectors: dict[str, tuple[Vectors, Vectors | None]] = {}
 
-    # --- for subclasses, beside `locate` and `load`
-
-    @abstractmethod
-    def preprocess(self, image: Image) -> torch.Tensor:
-        """Pixels for the image tower, shape (channels, height, width); runs in worker threads."""
-
-    @abstractmethod
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Image tower: (n, channels, height, width) -> (n, d), of any length."""
+    # --- for subclasses, beside those for images
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> EncodedTexts:
@@ -88,6 +80,25 @@ class DualEncoder(TorchBackend):
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
         """How long the text tower takes each text to be: characters, where a subclass knows no better."""
         return [len(text) for text in texts]
+
+    def encode_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Text tower on token ids, (n, length) -> (n, d), of any length."""
+        raise UserError(f"{self.card.name} takes texts, not token ids.")
+
+    @torch.no_grad()
+    def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The text tower's answer to token ids, not normalised: (n, length) -> (n, d).
+
+        Args:
+            input_ids: as the model's own tokenizer gives them.
+            attention_mask: 1 for a token, 0 for padding; towers that tell padding from the ids do not read it.
+
+        Raises:
+            UserError: if the model does not work on token ids.
+        """
+        self.ensure_loaded()
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return self.encode_ids(input_ids.to(self.device), mask).float().cpu()
 
     # --- requests
 
@@ -125,142 +136,111 @@ class DualEncoder(TorchBackend):
         """Margins and probabilities, both (n, labels)."""
         positive, negative = self._phrases(label_set)
         cosine = (images @ positive.T).astype(np.float64)
-        if negative is not None:
-            margin = cosine - (images @ negative.T).astype(np.float64)
-            return margin, expit(self._scale * margin)
-        log_odds, probability = log_odds_and_softmax(self._scale * cosine)
-        return log_odds / self._scale, probability
+        if label_set.kind == "multiclass":
+            log_odds, probability = log_odds_and_softmax(self._scale * cosine)
+            return log_odds / self._scale, probability
+        margin = cosine if negative is None else cosine - (images @ negative.T).astype(np.float64)
+        return margin, expit(self._scale * margin)
 
     @property
     def _scale(self) -> float:
         return 1.0 if self.card.probability_scale == "no scale" else self.logit_scale
 
     def _phrases(self, label_set: LabelSet) -> tuple[Vectors, Vectors | None]:
-        """Unit vectors of the labels' positive and negative phrases, (labels, d) each; multiclass has no negatives."""
+        """Vectors of the labels' positive and negative phrases, (labels, d) each; None where there are no negatives."""
         key = str(label_set)
         if key not in self._label_vectors:
-            multilabel = label_set.kind == "multilabel"
-            # An option's name is what the records hold ("0"); only its phrase says what that means.
-            named = [(label.name if multilabel else None, label) for label in label_set.labels]
-            positive = [self._wording(name, label.positive, "positive") for name, label in named]
-            negative = [self._wording(name, label.negative, "negative") for name, label in named]
-            self._encode_new_texts([text for texts in (*positive, *negative) for text in texts])
-            self._label_vectors[key] = (self._mean(positive), self._mean(negative) if multilabel else None)
+            positive, negative = self._wording(label_set)
+            both = self._means([*positive, *negative])
+            self._label_vectors[key] = both[: len(positive)], both[len(positive) :] if negative else None
         return self._label_vectors[key]
 
-    def _wording(
-        self, name: str | None, phrases: tuple[str, ...], side: Literal["positive", "negative"]
-    ) -> tuple[str, ...]:
+    def _wording(self, label_set: LabelSet) -> tuple[Phrases, Phrases]:
+        """The positive and the negative phrases of each label; no negatives at all where positives are scored alone."""
+        if self.class_prompts is not None:
+            return self._listed(label_set), []
+        labels, multilabel = label_set.labels, label_set.kind == "multilabel"
         if self.prompts == "task" or self.card.prompts is None:
-            return phrases
-        templates = self.card.prompts.positive if side == "positive" else self.card.prompts.negative
+            return [x.positive for x in labels], [x.negative for x in labels] if multilabel else []
         # A publication without negative templates ("this is a photo of ...") still needs the pair: the task's negative
-        # phrase then goes into its positive template.
-        named = () if name is None else tuple(t.format(name) for t in templates)
-        return named or tuple(t.format(phrase) for t in self.card.prompts.positive for phrase in phrases)
+        # phrase then goes into its positive template. Of an option only the phrase says what it is: its name is what
+        # the records hold ("0").
+        templates = self.card.prompts
 
-    def _mean(self, phrases: Sequence[tuple[str, ...]]) -> Vectors:
-        means = [np.mean([self._text_vectors[text].vector for text in texts], axis=0) for texts in phrases if texts]
-        return unit(np.stack(means)) if means else np.zeros((0, 0), np.float32)
+        def filled(pattern: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
+            return tuple(template.format(word) for template in pattern for word in words)
+
+        if not multilabel:
+            return [filled(templates.positive, x.positive) for x in labels], []
+        return [filled(templates.positive, [x.name]) for x in labels], [
+            filled(templates.negative, [x.name]) or filled(templates.positive, x.negative) for x in labels
+        ]
+
+    def _listed(self, label_set: LabelSet) -> Phrases:
+        listed = [() if self.class_prompts is None else self.class_prompts.of(label) for label in label_set.labels]
+        lacking = [label.name for label, phrases in zip(label_set.labels, listed, strict=True) if not phrases]
+        if lacking:
+            self.prompts_lacking[label_set.name] = lacking
+            _log.warning(
+                "the list of class prompts lacks %s of %s: the task's positive phrases are taken for them",
+                ", ".join(lacking),
+                label_set.name,
+            )
+        return [phrases or label.positive for label, phrases in zip(label_set.labels, listed, strict=True)]
+
+    def _means(self, phrases: Phrases) -> Vectors:
+        """One vector for the phrases of each label: the mean of their unit vectors, scaled to length 1 again."""
+        self._encode_new_texts([text for texts in phrases for text in texts])
+        return unit(np.stack([np.mean([self._text_vectors[t].vector for t in texts], axis=0) for texts in phrases]))
 
     # --- what a run would cost
 
     def missing(self, images: Iterable[ImageRef], texts: Iterable[str]) -> tuple[list[ImageRef], list[str]]:
         """Of these, what would have to be computed: it is neither stored nor encoded already."""
-        new_images = {str(image): image for image in images if image not in self._image_vectors}
-        new_texts = {str(TextRef(text)): text for text in texts if text not in self._text_vectors}
-        for kind, new in (("embed:image", new_images), ("embed:text", new_texts)):
-            for key in self.recall(self.space(kind), new, len):
-                del new[key]
-        return list(new_images.values()), list(new_texts.values())
+        new = {str(TextRef(text)): text for text in texts if text not in self._text_vectors}
+        return super().missing(images, ())[0], list(self._not_stored("embed:text", new).values())
 
     def seconds_per_item(self, images: Sequence[ImageRef], texts: Sequence[str]) -> tuple[float | None, float | None]:
-        """Time of one image, decoding included, and of one text: measured on one slot each, and not kept.
-
-        Of the texts every n-th by length is taken. None where there is nothing to measure.
-        """
+        """Time of one image and of one text; of the texts every n-th by length is taken."""
         by_length = self._by_length(texts)
         size = self.batching.of(self.device)
         sample = by_length[:: max(1, len(by_length) // size)][:size]
-
-        def encode_images() -> None:
-            for _, pixels in self._pixels(images[:size]):
-                self._encode_pixels(pixels)
-
-        return (
-            self._seconds(encode_images, images[:size]),
-            self._seconds(lambda: self._encode_slot(sample), sample),
-        )
-
-    def _seconds(self, encode: Callable[[], object], items: Sequence[Any]) -> float | None:
-        if not items:
-            return None
-        self.ensure_loaded()
-        encode()  # the first pass allocates and compiles
-        start = time.perf_counter()
-        encode()
-        return (time.perf_counter() - start) / len(items)
+        of_image, _ = super().seconds_per_item(images, ())
+        return of_image, self._seconds(lambda: self._encode_slot(sample, self.encode_texts), sample)
 
     # --- encoding
 
-    def _encode_new_images(self, images: Sequence[ImageRef]) -> None:
-        new = {str(image): image for image in images if image not in self._image_vectors}
-        if not new:
-            return
-        space = self.space("embed:image")
-        stored = self.recall(space, new, Embedding.from_bytes)
-        self._image_vectors.update({key: embedding.vector for key, embedding in stored.items()})
-        self.images_recalled += len(stored)
-        missing = [image for key, image in new.items() if key not in stored]
-        for refs, pixels in self._pixels(missing):
-            parts = self.batching.in_parts(pixels, self._encode_pixels)
-            vectors = dict(zip(map(str, refs), unit(torch.cat(parts).numpy()), strict=True))
-            self.keep(space, {key: Embedding(vector).to_bytes() for key, vector in vectors.items()})
-            self._image_vectors.update(vectors)
-            self.images_encoded += len(refs)
-
-    def _pixels(self, refs: Sequence[ImageRef]) -> Iterator[tuple[Sequence[ImageRef], torch.Tensor]]:
-        """Slots of images with their pixels; shows how far it is, how fast, and the time left."""
-        if not refs:
-            return
-        self.ensure_loaded()
-        size = self._batch_size(refs[0])
-        batches = prepared(slots(refs, size), self.preprocess, ahead=size, threads=self.decode_threads)
-        with self._progress("images", len(refs), size) as progress:
-            for slot, pixels in batches:
-                yield slot, pixels
-                progress.update(len(slot))
-
-    def _batch_size(self, ref: ImageRef) -> int:
-        """As asked, or tried with copies of one image."""
-
-        def attempt(n: int) -> None:
-            ((_, pixels),) = prepared(iter([[ref]]), self.preprocess, ahead=1, threads=1)
-            self._encode_pixels(pixels.expand(n, *pixels.shape[1:]))
-
-        return self.batching.of(self.device, attempt)
-
-    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.encode_images(pixels.to(self.device, self.dtype)).float().cpu()
-
     def _encode_new_texts(self, texts: Sequence[str]) -> None:
-        new = {str(TextRef(text)): text for text in texts if text not in self._text_vectors}
+        new = [text for text in texts if text not in self._text_vectors]
+        self._text_vectors.update(self._vectors_of(new, self.encode_texts))
+
+    def _vectors_of(
+        self, texts: Sequence[str], encode: Callable[[list[str]], EncodedTexts], *, prompt: str = ""
+    ) -> dict[str, Embedding]:
+        """Vectors of texts, stored or encoded now.
+
+        Args:
+            texts: in any order, also repeated.
+            encode: the text tower.
+            prompt: what beside a text decides its vector, where something does.
+        """
+        new = {str(TextRef(text)): text for text in texts}
         if not new:
-            return
-        space = self.space("embed:text")
+            return {}
+        space = self.space("embed:text", prompt=prompt)
         stored = self.recall(space, new, Embedding.from_bytes)
-        self._text_vectors.update({new[key]: embedding for key, embedding in stored.items()})
+        vectors = {new[key]: embedding for key, embedding in stored.items()}
         self.texts_recalled += len(stored)
         missing = self._by_length([text for key, text in new.items() if key not in stored])
         size = self.batching.of(self.device)
         with self._progress("texts", len(missing), size) as progress:
             for slot in slots(missing, size):
-                encoded = self._encode_slot(slot)
+                encoded = self._encode_slot(slot, encode)
                 self.keep(space, {str(TextRef(text)): embedding.to_bytes() for text, embedding in encoded.items()})
-                self._text_vectors.update(encoded)
+                vectors.update(encoded)
                 self.texts_encoded += len(slot)
                 progress.update(len(slot))
+        return vectors
 
     def _by_length(self, texts: Sequence[str]) -> list[str]:
         """So that a batch pads little; texts of one length in a fixed order, so that slots are fixed."""
@@ -268,20 +248,16 @@ class DualEncoder(TorchBackend):
             self.ensure_loaded()
         return [text for _, text in sorted(zip(self.text_lengths(texts), texts, strict=True))]
 
-    def _encode_slot(self, texts: Sequence[str]) -> dict[str, Embedding]:
-        def encode(part: Sequence[str]) -> tuple[torch.Tensor, list[bool]]:
+    def _encode_slot(self, texts: Sequence[str], encode: Callable[[list[str]], EncodedTexts]) -> dict[str, Embedding]:
+        def forward(part: Sequence[str]) -> tuple[torch.Tensor, list[bool]]:
             with torch.inference_mode():
-                encoded = self.encode_texts(list(part))
+                encoded = encode(list(part))
             return encoded.vectors.float().cpu(), encoded.truncated
 
-        parts = self.batching.in_parts(texts, encode)
+        parts = self.batching.in_parts(texts, forward)
         vectors = unit(torch.cat([vectors for vectors, _ in parts]).numpy())
         truncated = [cut for _, flags in parts for cut in flags]
         return {text: Embedding(vector, cut) for text, vector, cut in zip(texts, vectors, truncated, strict=True)}
-
-    def _progress(self, what: str, total: int, size: int) -> tqdm[Any]:
-        hidden = total <= size or self.rank > 0
-        return tqdm(total=total, desc=f"Encoding {what}", unit=what.removesuffix("s"), disable=hidden, mininterval=1)
 
     # --- results
 
@@ -290,27 +266,13 @@ class DualEncoder(TorchBackend):
         return {
             **super().describe(),
             "prompts": self.prompts,
+            "prompts_sha256": None if self.class_prompts is None else self.class_prompts.sha256,
+            "prompts_lacking": self.prompts_lacking,
             "probability_scale": self.card.probability_scale,
             "logit_scale": self.logit_scale,
-            "images_encoded": self.images_encoded,
-            "images_recalled": self.images_recalled,
             "texts_encoded": self.texts_encoded,
             "texts_recalled": self.texts_recalled,
         }
-
-
-def unit(vectors: NDArray[Any]) -> Vectors:
-    """Rows scaled to length 1.
-
-    Raises:
-        UserError: if a row has no direction (all zero) or is not finite.
-    """
-    array: Vectors = np.asarray(vectors, dtype=np.float32)
-    length = np.linalg.norm(array, axis=-1, keepdims=True)
-    if not (np.isfinite(length).all() and (length > 0).all()):
-        raise UserError("The model returned an embedding that is zero or not finite: is the checkpoint intact?")
-    scaled: Vectors = array / length
-    return scaled
 
 
 def log_odds_and_softmax(logits: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

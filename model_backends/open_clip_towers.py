@@ -7,7 +7,7 @@ import logging
 import math
 import pickle
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.checkpoints import OPEN_CLIP_CONFIG
 from medvlm_harness.model_backends.dual_encoder import EncodedTexts
 from medvlm_harness.model_backends.towers import LENGTH_STEP, Towers, refuse_key_mismatch
+from medvlm_harness.model_backends.transformers_towers import bert_config
 
-__all__ = ["folder_towers", "load_exactly", "named_towers", "read_checkpoint", "wrap"]
+__all__ = ["folder_towers", "load_exactly", "named_towers", "read_checkpoint", "truncated", "wrap"]
 
 # What torch.load(weights_only=True) and safetensors raise on a file that is damaged, foreign or holds code.
 _LOAD_ERRORS = (
@@ -36,6 +37,8 @@ _LOAD_ERRORS = (
     LookupError,
     AssertionError,
 )
+# Entries that hold the state dict where a file keeps an optimizer and other things beside it.
+_INSIDE = ("state_dict", "network")
 
 
 def named_towers(architecture: str, pretrained: str) -> Towers:
@@ -120,7 +123,8 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is no checkpoint that loads safely (safetensors, or a state dict with weights_only): "
             f"{_first_line(error)}"
         ) from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    inside = next((name for name in _INSIDE if isinstance(loaded, Mapping) and name in loaded), None)
+    state = loaded if inside is None else loaded[inside]
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
@@ -181,9 +185,13 @@ def wrap(model: Any, tokenizer: Any, preprocess: Any = None) -> Towers:
 
     def encode_texts(texts: list[str]) -> EncodedTexts:
         ids = tokenizer(texts)
-        truncated = _truncated(tokenizer, texts, ids)
+        cut = truncated(tokenizer, texts, ids)
         ids = ids.to(model.logit_scale.device)
-        return EncodedTexts(_encode_trimmed(model, ids) if trims else model.encode_text(ids), truncated)
+        return EncodedTexts(_encode_trimmed(model, ids) if trims else model.encode_text(ids), cut)
+
+    def encode_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        vectors: torch.Tensor = model.encode_text(input_ids)  # it tells padding from the ids
+        return vectors
 
     def text_lengths(texts: Sequence[str]) -> list[int]:
         lengths: list[int] = (tokenizer(list(texts)) != 0).sum(dim=1).tolist()
@@ -194,11 +202,28 @@ def wrap(model: Any, tokenizer: Any, preprocess: Any = None) -> Towers:
         preprocess=transform,
         encode_images=model.encode_image,
         encode_texts=encode_texts,
+        encode_ids=encode_ids,
         logit_scale=float(model.logit_scale.detach().exp()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         preprocessing=str(config),
         text_lengths=text_lengths if trims else None,
+        encode_image_maps=_encode_image_maps(model.visual),
     )
+
+
+def _encode_image_maps(visual: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The last feature map of a CNN, or the patches of a ViT as a map; class tokens are left out."""
+    if not hasattr(getattr(visual, "trunk", visual), "forward_intermediates"):
+        return None
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        found = visual.forward_intermediates(
+            pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NCHW"
+        )
+        maps: torch.Tensor = found["image_intermediates"][-1]
+        return maps
+
+    return encode
 
 
 def _encode_trimmed(model: open_clip.CLIP, ids: torch.Tensor) -> torch.Tensor:
@@ -219,7 +244,7 @@ def _encode_trimmed(model: open_clip.CLIP, ids: torch.Tensor) -> torch.Tensor:
     return vectors
 
 
-def _truncated(tokenizer: Any, texts: list[str], ids: torch.Tensor) -> list[bool]:
+def truncated(tokenizer: Any, texts: list[str], ids: torch.Tensor) -> list[bool]:
     """Which texts were cut: of those that fill the context, the ones that are longer without a limit."""
     full = (ids[:, -1] != 0).tolist()
     longest = tokenizer.context_length
@@ -230,23 +255,12 @@ def _truncated(tokenizer: Any, texts: list[str], ids: torch.Tensor) -> list[bool
 
 
 def _write_bert_config(state: dict[str, torch.Tensor], source: Path, folder: Path) -> Path:
-    from transformers import BertConfig
-
-    prefix = "text.transformer."
-    embeddings = state.get(f"{prefix}embeddings.word_embeddings.weight")
-    if embeddings is None:
-        raise UserError(f"{source} needs a config.json for its text tower: only BERT's can be read from the weights.")
-    layers = {name.split(".")[4] for name in state if name.startswith(f"{prefix}encoder.layer.")}
-    vocabulary, width = embeddings.shape
-    config = BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=len(layers),
-        num_attention_heads=max(1, width // 64),  # BERT's heads are 64 wide at every published size
-        intermediate_size=state[f"{prefix}encoder.layer.0.intermediate.dense.weight"].shape[0],
-        max_position_embeddings=state[f"{prefix}embeddings.position_embeddings.weight"].shape[0],
-    )
-    config.save_pretrained(folder)
+    try:
+        bert_config(state, "text.transformer.").save_pretrained(folder)
+    except KeyError as error:
+        raise UserError(
+            f"{source} needs a config.json for its text tower: only BERT's can be read from the weights."
+        ) from error
     return folder
 
 

@@ -15,7 +15,8 @@ from PIL.Image import Image
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard, Prompts
 from medvlm_harness.model_backends.checkpoints import Checkpoint
-from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts, unit
+from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts
+from medvlm_harness.model_backends.image_vectors import unit
 from medvlm_harness.model_backends.torch_backend import pick_device
 from medvlm_harness.requests import ImageRef, LabelSet, TextRef
 
@@ -81,6 +82,15 @@ def image_vectors(model: DualEncoder, refs: list[ImageRef], embed_requests: Requ
 
 
 # --- encoding
+
+
+def test_a_model_without_token_ids_says_so() -> None:
+    model = Counting(pretrained="x", device="cpu")
+    with pytest.raises(UserError, match="counting takes texts, not token ids"):
+        model.text_features(torch.zeros(1, 3, dtype=torch.int64))
+    pixels = torch.rand(2, 1, 48)
+    model.ensure_loaded()
+    assert torch.equal(model.image_features(pixels), pixels.flatten(1) @ model.matrix)
 
 
 def test_batch_size_does_not_matter(images: Callable[..., list[ImageRef]], embed_requests: Requests) -> None:
@@ -253,7 +263,7 @@ def test_published_templates_take_an_options_phrase_and_not_its_code(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("pretrained=x,prompts=both", "Expected prompts to be task or published"),
+        ("pretrained=x,prompts=both", "Expected prompts to be task, published or ours"),
         ("pretrained=x,prompts=published", "no published prompts"),
         ("pretrained=x,decode_threads=0", "decode_threads"),
         ("pretrained=x,decode_threads=two", "decode_threads.*'two'"),
@@ -261,7 +271,7 @@ def test_published_templates_take_an_options_phrase_and_not_its_code(
         ("pretrained=x,max_batch_size=most", "max_batch_size.*'most'"),
         ("pretrained=x,batch_size=many", "batch_size.*'many'"),
         ("pretrained=x,device=tpu9", "device.*'tpu9'"),
-        ("pretrained=x,promts=task", r"Unknown option 'promts'.* Did you mean prompts\?"),
+        ("pretrained=x,promts=task", r"Unknown option 'promts'.* Did you mean prompts, prompts_file\?"),
         ("device=cpu", "needs pretrained="),
     ],
 )

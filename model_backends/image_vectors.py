@@ -1,0 +1,197 @@
+"""Vectors of images: what every encoder of images shares, whether it has a text tower beside it or not."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from numpy.typing import NDArray
+from PIL.Image import Image
+from tqdm import tqdm
+
+from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.batching import slots
+from medvlm_harness.model_backends.decoding import prepared
+from medvlm_harness.model_backends.torch_backend import TorchBackend
+from medvlm_harness.requests import Capability, Embedding, ImageRef
+
+__all__ = ["ImageVectors", "Vectors", "unit"]
+
+Vectors = NDArray[np.float32]
+# A forward pass on a CPU uses its cores already, and one thread decodes some 500 chest X-rays of IU-CXR a second.
+CPU_DECODE_THREADS, DECODE_THREADS = 1, 4
+
+
+class ImageVectors(TorchBackend):
+    """`embed` of images: each distinct one is decoded and encoded once, in slots, or comes from the store."""
+
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"embed:image"})
+
+    def __init__(self, *, decode_threads: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        if decode_threads is not None and (not isinstance(decode_threads, int) or decode_threads < 1):
+            raise UserError(f"Expected decode_threads to be 1 or more, but got {decode_threads!r}.")
+        self.decode_threads = decode_threads or (CPU_DECODE_THREADS if self.device.type == "cpu" else DECODE_THREADS)
+        self.images_encoded = self.images_recalled = 0
+        self._image_vectors: dict[str, Vectors] = {}
+
+    # --- for subclasses, beside `locate` and `load`
+
+    @abstractmethod
+    def preprocess(self, image: Image) -> torch.Tensor:
+        """Pixels for the image tower, shape (channels, height, width); runs in worker threads."""
+
+    @abstractmethod
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Image tower: (n, channels, height, width) -> (n, d), of any length."""
+
+    def encode_image_maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the image tower sees place by place, before it pools: (n, channels, height, width) -> (n, c, h, w).
+
+        A tower that does not tell has its vector at the one place that there is.
+        """
+        return self.encode_images(pixels)[:, :, None, None]
+
+    # --- the tower by itself: for comparisons with other code, and for what is trained on top of it
+
+    @torch.no_grad()
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The image tower's answer to prepared pixels, not normalised: (n, channels, height, width) -> (n, d)."""
+        self.ensure_loaded()
+        return self.encode_images(pixels.to(self.device, self.dtype)).float().cpu()
+
+    def image_maps(self, images: Sequence[ImageRef]) -> Iterator[tuple[Sequence[ImageRef], torch.Tensor]]:
+        """Slots of images with their maps (see `encode_image_maps`), float32 on the CPU; for what is built on towers.
+
+        Nothing of it is stored.
+        """
+
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                return self.encode_image_maps(pixels.to(self.device, self.dtype)).float().cpu()
+
+        for refs, pixels in self._pixels(images):
+            yield refs, torch.cat(self.batching.in_parts(pixels, encode))
+
+    # --- requests
+
+    def embed(self, requests: Sequence[Instance]) -> list[Embedding]:
+        """One unit vector per image.
+
+        Raises:
+            UserError: if a text is asked about.
+        """
+        images = [request.arguments[0] for request in requests]
+        if not all(isinstance(image, ImageRef) for image in images):
+            raise UserError(f"{self.card.name} takes images alone, but was given a text.")
+        self._encode_new_images(images)
+        return [Embedding(self._image_vectors[image]) for image in images]
+
+    # --- what a run would cost
+
+    def missing(self, images: Iterable[ImageRef], texts: Iterable[str]) -> tuple[list[ImageRef], list[str]]:
+        """Of these, what would have to be computed: it is neither stored nor encoded already."""
+        new = {str(image): image for image in images if image not in self._image_vectors}
+        return list(self._not_stored("embed:image", new).values()), []
+
+    def _not_stored(self, kind: str, new: Mapping[str, Any]) -> dict[str, Any]:
+        stored = self.recall(self.space(kind), new, len)
+        return {key: one for key, one in new.items() if key not in stored}
+
+    def seconds_per_item(self, images: Sequence[ImageRef], texts: Sequence[str]) -> tuple[float | None, float | None]:
+        """Time of one image, decoding included, and of one text: measured on one slot each, and not kept.
+
+        None where there is nothing to measure.
+        """
+        sample = images[: self.batching.of(self.device)]
+
+        def encode() -> None:
+            for _, pixels in self._pixels(sample):
+                self._encode_pixels(pixels)
+
+        return self._seconds(encode, sample), None
+
+    def _seconds(self, encode: Callable[[], object], items: Sequence[Any]) -> float | None:
+        if not items:
+            return None
+        self.ensure_loaded()
+        encode()  # the first pass allocates and compiles
+        start = time.perf_counter()
+        encode()
+        return (time.perf_counter() - start) / len(items)
+
+    # --- encoding
+
+    def _encode_new_images(self, images: Sequence[ImageRef]) -> None:
+        new = {str(image): image for image in images if image not in self._image_vectors}
+        if not new:
+            return
+        space = self.space("embed:image")
+        stored = self.recall(space, new, Embedding.from_bytes)
+        self._image_vectors.update({key: embedding.vector for key, embedding in stored.items()})
+        self.images_recalled += len(stored)
+        missing = [image for key, image in new.items() if key not in stored]
+        for refs, pixels in self._pixels(missing):
+            parts = self.batching.in_parts(pixels, self._encode_pixels)
+            vectors = dict(zip(map(str, refs), unit(torch.cat(parts).numpy()), strict=True))
+            self.keep(space, {key: Embedding(vector).to_bytes() for key, vector in vectors.items()})
+            self._image_vectors.update(vectors)
+            self.images_encoded += len(refs)
+
+    def _pixels(self, refs: Sequence[ImageRef]) -> Iterator[tuple[Sequence[ImageRef], torch.Tensor]]:
+        """Slots of images with their pixels; shows how far it is, how fast, and the time left."""
+        if not refs:
+            return
+        self.ensure_loaded()
+        size = self._batch_size(refs[0])
+        batches = prepared(slots(refs, size), self.preprocess, ahead=size, threads=self.decode_threads)
+        with self._progress("images", len(refs), size) as progress:
+            for slot, pixels in batches:
+                yield slot, pixels
+                progress.update(len(slot))
+
+    def _batch_size(self, ref: ImageRef) -> int:
+        """As asked, or tried with copies of one image."""
+
+        def attempt(n: int) -> None:
+            ((_, pixels),) = prepared(iter([[ref]]), self.preprocess, ahead=1, threads=1)
+            self._encode_pixels(pixels.expand(n, *pixels.shape[1:]))
+
+        return self.batching.of(self.device, attempt)
+
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.encode_images(pixels.to(self.device, self.dtype)).float().cpu()
+
+    def _progress(self, what: str, total: int, size: int) -> tqdm[Any]:
+        hidden = total <= size or self.rank > 0
+        return tqdm(total=total, desc=f"Encoding {what}", unit=what.removesuffix("s"), disable=hidden, mininterval=1)
+
+    # --- results
+
+    def describe(self) -> dict[str, Any]:
+        """Adds how many images were computed, and how many came from the store."""
+        return {
+            **super().describe(),
+            "images_encoded": self.images_encoded,
+            "images_recalled": self.images_recalled,
+        }
+
+
+def unit(vectors: NDArray[Any]) -> Vectors:
+    """Rows scaled to length 1.
+
+    Raises:
+        UserError: if a row has no direction (all zero) or is not finite.
+    """
+    array: Vectors = np.asarray(vectors, dtype=np.float32)
+    length = np.linalg.norm(array, axis=-1, keepdims=True)
+    if not (np.isfinite(length).all() and (length > 0).all()):
+        raise UserError("The model returned an embedding that is zero or not finite: is the checkpoint intact?")
+    scaled: Vectors = array / length
+    return scaled
