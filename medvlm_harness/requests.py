@@ -6,7 +6,11 @@ lm-eval calls `getattr(lm, request_type)(instances)`. Beside its own `loglikelih
 |----------------|---------------------------------------------------|-------------------------------------------------|
 | `embed`        | one `ImageRef` or one `TextRef`                   | `Embedding`: float32, unit length, (d,)         |
 | `embed_tokens` | one `TextRef`                                     | `TokenVectors`: float32 (tokens, d) and offsets |
-| `classify`     | one `ImageRef` or one `TextRef`, and a `LabelSet` | `LabelScores`: margin (L,), probability (L,)    |
+| `classify`     | one `ImageRef` or one `TextRef`, a `LabelSet`,    | `LabelScores`: margin (L,), probability (L,)    |
+|                | and where there is one the indication, `TextRef`  |                                                 |
+
+In `generate_until` and `loglikelihood` images are the third argument, `{"visual": [ImageRef, ...]}`; `<image>` in the
+text says where each of them stands. The indication is for models that read; dual encoders ignore it.
 
 Our backends answer `generate_until` with a `Generation`, a string that says whether the model came to an end.
 
@@ -31,6 +35,7 @@ from medvlm_harness.errors import UserError, near_matches
 __all__ = [
     "Capability",
     "Embedding",
+    "Exemplar",
     "Generation",
     "ImageRef",
     "Label",
@@ -87,24 +92,33 @@ class TextRef(str):
         return TextRef, (self.text,)
 
 
+class Exemplar(NamedTuple):
+    """An image of the train split with the text that belongs to it: what the floor `neighbour` searches and answers."""
+
+    image: ImageRef
+    text: str
+
+
 class PromptWithFloors(str):
     """The prompt of a `generate_until` request, and beside it what floors answer: kind (`constant`, ...) -> text.
 
     A model under test sees the string alone. `medvlm-baseline` answers with what its kind is given here, so that a task
     decides what a floor is (`metrics/summary_floors.py` has them for summaries), and fits them on its training split.
+    The exemplars are one object for all prompts of a task.
     """
 
-    __slots__ = ("floors",)
+    __slots__ = ("exemplars", "floors")
     floors: Mapping[str, str]
+    exemplars: Sequence[Exemplar]
 
-    def __new__(cls, prompt: str, floors: Mapping[str, str]) -> PromptWithFloors:
-        """The prompt as the string, and the floors' answers beside it."""
+    def __new__(cls, prompt: str, floors: Mapping[str, str], exemplars: Sequence[Exemplar] = ()) -> PromptWithFloors:
+        """The prompt as the string, and what floors need beside it."""
         made = super().__new__(cls, prompt)
-        made.floors = floors
+        made.floors, made.exemplars = floors, exemplars
         return made
 
-    def __reduce__(self) -> tuple[type[PromptWithFloors], tuple[str, dict[str, str]]]:
-        return PromptWithFloors, (str(self), dict(self.floors))
+    def __reduce__(self) -> tuple[type[PromptWithFloors], tuple[str, dict[str, str], Sequence[Exemplar]]]:
+        return PromptWithFloors, (str(self), dict(self.floors), self.exemplars)
 
 
 def floors_of(argument: Any, doc: Any) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from lm_eval.utils import simple_parse_args_string
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.ranks import Ranks
-from medvlm_harness.requests import Capability, Embedding, LabelScores, TokenVectors
+from medvlm_harness.requests import Capability, Embedding, LabelScores, LabelSet, TokenVectors
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     MULTIMODAL = True  # lm-eval then hashes image arguments in logged samples instead of writing their bytes
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset()
     card: ModelCard
+    floor: str | None = None  # the kind of floor text that this model's texts are made of; None for one that writes
     lacks: Mapping[str, str] = {}  # of these, what a checkpoint or an option leaves out, and why
 
     def __init__(self, *, batch_size: int | str | None = None, max_batch_size: int | None = None) -> None:
@@ -71,6 +72,10 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Greedy continuations."""
         raise self._cannot("generate_until")
+
+    def refuses(self, label_set: LabelSet) -> str | None:
+        """Why a label set cannot be scored; None if it can. Known before any request is made."""
+        return None
 
     def begin(self, background: Executor) -> None:
         """Called when it is certain that there will be requests: submit what can go on while they are made."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,12 +14,14 @@ from lm_eval.api.instance import Instance
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.base import MedicalLM
 from medvlm_harness.model_backends.cards import ModelCard
+from medvlm_harness.model_backends.catalogue import backend_card
+from medvlm_harness.model_backends.nearest_image import image_encoder, nearest_texts
 from medvlm_harness.requests import Capability, Embedding, Generation, ImageRef, LabelScores, LabelSet, floors_of
 
 __all__ = ["BaselineBackend"]
 
 SCORING = ("prior", "random", "oracle")
-WRITING = ("constant", "lead", "copy", "tfidf")
+WRITING = ("constant", "template", "lead", "copy", "tfidf", "neighbour")
 KINDS = (*SCORING, *WRITING)
 DIMENSION = 256
 
@@ -27,33 +30,33 @@ class BaselineBackend(MedicalLM):
     """A model without weights.
 
     `kind=prior` answers the train split's prevalence and one vector for everything; `random` answers noise that depends
-    on nothing but the input and the seed; `oracle` reads the truth from the document.
+    on nothing but the input and the seed; `oracle` reads the truth from the document, if it is asked about its image.
 
-    `constant` writes one text for everything (`text=`, else the task's most frequent one), `lead` the beginning of what
-    is to be summarised, `copy` all of it, `tfidf` what belongs to the nearest text of the train split. The task hands
-    these texts over: beside its prompt (`PromptWithFloors`), or in its documents under `floors`; stop strings and
-    lengths do not apply to them.
+    `constant` writes one text for everything (`text=`, else the task's most frequent one), `template` a fixed normal
+    report, `lead` the beginning of what is to be summarised, `copy` all of it, `tfidf` what belongs to the nearest text
+    of the train split. The task hands these texts over: beside its prompt (`PromptWithFloors`), or in its documents
+    under `floors`; stop strings and lengths do not apply to them.
+
+    `neighbour` writes what belongs to the nearest image of the train split, by the image vectors of the model that
+    `encoder=` names; `encoder_args=` has its options, as a mapping or as `key=value` with ; between them. Of several
+    images of a study the nearest pair decides. What the encoder was trained on counts as the floor's own.
     """
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
         {"classify:image", "classify:text", "embed:image", "embed:text", "generate_until"}
     )
-    card: ModelCard = ModelCard(
-        name="medvlm-baseline",
-        family="baseline",
-        summary="floors and ceilings: kind=prior, random or oracle; of texts constant, lead, copy or tfidf",
-        licence="apache-2.0",
-        parameters=0,
-        trained_on=(),
-        probability_scale="given",
-    )
+    card: ModelCard = backend_card("medvlm-baseline")
 
     def __init__(
         self,
         *,
-        kind: Literal["prior", "random", "oracle", "constant", "lead", "copy", "tfidf"] = "prior",
+        kind: Literal[
+            "prior", "random", "oracle", "constant", "template", "lead", "copy", "tfidf", "neighbour"
+        ] = "prior",
         seed: int = 0,
         text: str | None = None,
+        encoder: str | None = None,
+        encoder_args: str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -62,6 +65,16 @@ class BaselineBackend(MedicalLM):
         if text is not None and kind != "constant":
             raise UserError(f"Expected text= with kind=constant alone, but got it with kind={kind}.")
         self.kind, self.seed, self.text = kind, seed, None if text is None else str(text)
+        if (kind == "neighbour") != (encoder is not None) or (encoder is None and encoder_args is not None):
+            raise UserError(
+                "Expected encoder=NAME (and encoder_args=...) with kind=neighbour and with no other kind, "
+                f"but got kind={kind}, encoder={encoder}, encoder_args={encoder_args}."
+            )
+        self.encoder = None if encoder is None else image_encoder(encoder, encoder_args or {})
+        if self.encoder is not None:
+            # Whatever the encoder was trained on decides which report is found.
+            self.card = replace(self.card, trained_on=self.encoder.card.trained_on)
+        self.floor = kind if kind in WRITING and text is None else None
         if kind in WRITING:
             others = sorted(self.CAPABILITIES - {"generate_until"})
             self.lacks = dict.fromkeys(others, f"kind={kind} writes texts; use kind={', '.join(SCORING)}")
@@ -84,6 +97,8 @@ class BaselineBackend(MedicalLM):
         """
         if self.kind not in WRITING:
             raise UserError(f"medvlm-baseline cannot answer `generate_until` requests: {self.lacks['generate_until']}.")
+        if self.encoder is not None:
+            return [Generation(text, finished=True) for text in nearest_texts(self.encoder, requests)]
         return [Generation(self._written(request), finished=True) for request in requests]
 
     def _written(self, request: Instance) -> str:
@@ -99,11 +114,13 @@ class BaselineBackend(MedicalLM):
         return floors[self.kind]
 
     def _scores(self, request: Instance) -> LabelScores:
-        image, label_set = request.arguments
+        argument, label_set = request.arguments[:2]
         if self.kind == "random":
-            probability = self._noise(f"{image}{label_set}").random(len(label_set.labels))
+            probability = self._noise(f"{argument}{label_set}").random(len(label_set.labels))
         elif self.kind == "oracle":
-            target = [0.5 if value is None else float(value) for value in request.doc["target"]]
+            # Of an image that is not the document's own, such as another patient's, it knows nothing.
+            seen = not isinstance(argument, ImageRef) or argument == request.doc.get("image", argument)
+            target = [float(value) if seen and value is not None else 0.5 for value in request.doc["target"]]
             probability = np.clip(target, 1e-6, 1 - 1e-6)
         else:
             known = [0.5 if value is None else value for value in _prior(label_set)]
@@ -133,7 +150,8 @@ class BaselineBackend(MedicalLM):
         """Card, kind and seed; there are no weights to hash."""
         return {
             "card": self.card.to_dict(),
-            "weights_sha256": None,
+            "weights_sha256": None if self.encoder is None else self.encoder.weights_sha256,
+            "encoder": None if self.encoder is None else self.encoder.describe(),
             "kind": self.kind,
             "seed": self.seed,
             "text": self.text,
@@ -144,12 +162,16 @@ class BaselineBackend(MedicalLM):
 def _belongs_to(argument: str, doc: Mapping[str, Any]) -> dict[str, float]:
     """What a document says that an input belongs to: texts by their hashes, each with a weight; empty where nothing.
 
-    Of an image these are its study's texts; the report twice, since another study's may be one of the parts.
+    Of an image that is searched with these are its study's texts; the report twice, since another study's may be one of
+    the parts.
     """
+    if "counterparts" in doc:
+        own = doc["image"] if isinstance(argument, ImageRef) else doc["texts"]["findings"]
+        return dict(doc["counterparts"]) if str(argument) == own else {}
     if isinstance(argument, ImageRef):
         weights = Counter([doc["texts"]["report"], *doc["texts"].values()])
         return {key: float(weight) for key, weight in weights.items()}
-    return dict(doc["counterparts"]) if "counterparts" in doc and str(argument) == doc["texts"]["findings"] else {}
+    return {}
 
 
 def _prior(label_set: LabelSet) -> Sequence[float | None]:

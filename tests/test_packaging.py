@@ -120,6 +120,8 @@ def test_every_module_and_data_file_is_in_the_wheel(names: list[str]) -> None:
         "medvlm_harness/demo/tiny.json",
         "medvlm_harness/demo/tiny.safetensors",
         "medvlm_harness/labelers/terms/assertion.yaml",
+        "medvlm_harness/model_backends/catalogue/chexzero.yaml",
+        "medvlm_harness/model_backends/catalogue/medvlm-tiny.yaml",
         "medvlm_harness/labelers/terms/chexpert.yaml",
         "medvlm_harness/labelers/terms/sections.yaml",
         "medvlm_harness/tasks/demo_cxr/_demo_cxr_yaml",

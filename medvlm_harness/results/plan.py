@@ -82,7 +82,8 @@ def distinct_inputs(task: Any) -> tuple[dict[ImageRef, None], dict[str, None]]:
     texts: dict[str, None] = {}
     task.build_all_requests()
     for request in task.instances:
-        for argument in request.arguments:
+        # An encoder ignores the indication that may stand behind a label set.
+        for argument in request.arguments[:2]:
             if isinstance(argument, ImageRef):
                 images.setdefault(argument)
             elif isinstance(argument, LabelSet):

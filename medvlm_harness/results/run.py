@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.results.environment import EarlyReport
+from medvlm_harness.results.remote import refuse_remote
 from medvlm_harness.tracks.contamination import refuse_contaminated, trained_splits
 
 __all__ = ["SCHEMA_VERSION", "MedvlmResults", "evaluate_with_details", "installed_versions", "unsupported_reason"]
@@ -19,6 +21,7 @@ VERSIONS = ("medvlm-harness", "lm_eval", "torch", "transformers", "open_clip_tor
 # Of a model's description; each process counts its own.
 ADDED_UP = (
     *("images_encoded", "images_recalled", "texts_encoded", "texts_recalled"),
+    *("images_classified", "classifications_recalled"),
     *("generated", "generations_recalled", "generations_unfinished", "scored", "scores_recalled", "prompts_cut"),
 )
 # What a model of somebody else's can do is known by its methods; a task of somebody else's needs its output type.
@@ -40,8 +43,8 @@ def evaluate_with_details(
     for it, then the report on the machine.
 
     Raises:
-        UserError: if nothing asked for is supported, a split is contaminated, --metadata has an unknown key, or
-            processes differ in what they have.
+        UserError: if nothing asked for is supported, a split is contaminated, data would go to a server that it may
+            not, --metadata has an unknown key, or processes differ in what they have.
     """
     if "tasks" not in task_dict:  # the nested form of lm-eval's older API
         from lm_eval.evaluator_utils import _handle_back_comp
@@ -59,7 +62,10 @@ def evaluate_with_details(
         raise UserError("The model can do none of the tasks: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
     running = {name: task for name, task in ours.items() if name not in refused}
     _refuse_unknown_metadata(ours.values(), lm)
+    for task in running.values():
+        task.prepare_for(lm)
     contamination = {name: _check(task, lm) for name, task in running.items()}
+    remote = {name: refuse_remote(task, lm) for name, task in running.items()}
     supported = {name: task for name, task in tasks.items() if name not in refused}
     data = {f"data of {name}": task.data.sha256 for name, task in running.items()}
     common = {**data, "precision": getattr(lm, "precision", None), "versions": installed_versions()}
@@ -70,7 +76,8 @@ def evaluate_with_details(
     if getattr(lm, "rank", 0) == 0:
         report.start(background)
     background.shutdown(wait=False)
-    results = evaluate(lm, {**task_dict, "tasks": supported}, *args, **kwargs)
+    with _apart(lm):
+        results = evaluate(lm, {**task_dict, "tasks": supported}, *args, **kwargs)
     model = _describe(lm)
     if results is None or model is None:  # not the first process
         return None
@@ -86,11 +93,38 @@ def evaluate_with_details(
         "schema_version": SCHEMA_VERSION,
         "versions": installed_versions(),
         "model": model,
-        "tasks": {name: _details(task, contamination[name]) for name, task in running.items()},
+        "tasks": {name: _details(task, contamination[name], remote[name]) for name, task in running.items()},
         "unsupported": refused,
     }
     full.scores = [record for task in running.values() for record in task.score_records(task.rows)]
     return full
+
+
+@contextmanager
+def _apart(lm: Any) -> Iterator[None]:
+    """Lm-eval's own multimodal backends take requests with images or without, by the first one of a call.
+
+    The requests of all tasks come in one call: here those with images and those without become calls of their own.
+    """
+    if hasattr(lm, "CAPABILITIES") or not getattr(lm, "MULTIMODAL", False):
+        yield
+        return
+    generate = lm.generate_until
+
+    def in_groups(requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        groups: dict[int, list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(len(request.args), []).append(place)
+        answers: dict[int, Any] = {}
+        for places in groups.values():
+            answers |= zip(places, generate([requests[place] for place in places], *args, **kwargs), strict=True)
+        return [answers[place] for place in range(len(requests))]
+
+    lm.generate_until = in_groups
+    try:
+        yield
+    finally:
+        lm.generate_until = generate
 
 
 def unsupported_reason(lm: Any, task: Any) -> str | None:
@@ -109,9 +143,24 @@ def unsupported_reason(lm: Any, task: Any) -> str | None:
     else:
         missing = needs - (capabilities - lacks.keys())
     if not missing:
-        return None
+        return _lacks_floor(name, lm, task) or _refused_labels(name, lm, task)
     reasons = "".join(f": {lacks[need]}" for need in sorted(missing) if need in lacks)
     return f"{name} cannot {' and '.join(map(_in_words, sorted(missing)))}{reasons}"
+
+
+def _lacks_floor(name: str, lm: Any, task: Any) -> str | None:
+    """Why a model that answers by a floor's text cannot do a task that has no such floor; None if it can."""
+    floor, floors = getattr(lm, "floor", None), getattr(task, "FLOORS", None)
+    if floor is None or floors is None or floor in floors:
+        return None
+    return f"{name} answers by the floor {floor}, but the task has {', '.join(sorted(floors)) or 'none'}"
+
+
+def _refused_labels(name: str, lm: Any, task: Any) -> str | None:
+    """Why a model cannot score a task's labels; None if it can, or there are none."""
+    label_set = getattr(task, "label_set", None)
+    reason = lm.refuses(label_set) if label_set is not None and hasattr(lm, "refuses") else None
+    return None if reason is None else f"{name} cannot score the labels: {reason}"
 
 
 def _in_words(capability: str) -> str:
@@ -150,10 +199,11 @@ def _check(task: Any, lm: Any) -> dict[str, Any]:
     }
 
 
-def _details(task: Any, contamination: Mapping[str, Any]) -> dict[str, Any]:
+def _details(task: Any, contamination: Mapping[str, Any], remote: str | None) -> dict[str, Any]:
     return {
         **task.details(),
         "contamination": dict(contamination),
+        "remote": remote,
         "metrics": {name: estimate.to_dict() for name, estimate in task.all_estimates().items()},
     }
 

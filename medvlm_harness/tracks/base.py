@@ -24,12 +24,14 @@ from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.requests import Capability, ImageRef
 
-__all__ = ["MedicalTask", "Metric", "Row"]
+__all__ = ["SHARING", "MedicalTask", "Metric", "Row"]
 
 _log = logging.getLogger("lm_eval.medvlm")
 
-COMMON_KEYS = frozenset({"dataset", "hub", "aliases", "split", "label_source"})
+COMMON_KEYS = frozenset({"dataset", "hub", "aliases", "sharing", "split", "label_source"})
 LABEL_SOURCE_ORDER = ("chexpert_labeler", "chexbert", "rules", "template", "mesh")
+# What may leave the user's machine: nothing but aggregates; also scores of documents under hashes; all of it.
+SHARING = ("aggregate", "hashed", "full")
 NO_FILTER = "none"  # lm-eval's own name for it
 STAND_IN = "stand_in"  # marks the document of a process that has none of its own
 
@@ -90,7 +92,7 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
     KEYS: ClassVar[frozenset[str]] = COMMON_KEYS
     # What --metadata may say at run time; each is also a key of the YAML or of the run.
     RUNTIME_KEYS: ClassVar[frozenset[str]] = frozenset(
-        {"split", "label_source", "data_dir", "allow_contaminated", "hub_id", "revision"}
+        {"split", "label_source", "data_dir", "allow_contaminated", "allow_remote", "hub_id", "revision"}
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -124,6 +126,8 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         self.fewshot_rnd = None
         if not isinstance(declared.get("dataset"), str):
             raise UserError(f"{name}: expected `dataset:` to name a prepared set, but got {declared.get('dataset')!r}.")
+        if self.sharing not in SHARING:
+            raise UserError(f"{name}: expected sharing to be {', '.join(SHARING)}, but got {self.sharing!r}.")
         self.read_declaration()
 
     # --- for subclasses
@@ -165,6 +169,7 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
                 "sha256": self.data.sha256,
                 "revision": manifest.revision,
                 "licence": manifest.licence,
+                "sharing": self.sharing,
                 "policies": dict(manifest.policies),
             },
             "split": "+".join(self.splits),
@@ -174,6 +179,11 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         }
 
     # --- data
+
+    @property
+    def sharing(self) -> str:
+        """What of the data set may leave this machine; a set that does not say shares the least."""
+        return str(self.declared.get("sharing", SHARING[0]))
 
     @cached_property
     def data(self) -> Dataset:
@@ -241,7 +251,10 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         ids = {"task": self.task_name, "study": row.study_id, "patient": row.patient_id, "image": row.image or None}
         return {**ids, "split": row.split, "label": label, **values}
 
-    # --- what lm-eval calls
+    # --- what the plug-in and lm-eval call
+
+    def prepare_for(self, lm: Any) -> None:
+        """Called with the model before requests are made: what a request holds may depend on whose it is."""
 
     @cached_property
     def documents(self) -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ class EntityListing(GenerationTask):
     labelers/entities.py score, which is no floor.
     """
 
+    FLOORS: ClassVar[frozenset[str]] = frozenset({"constant", "copy"})
     SCORES: ClassVar[tuple[str, ...]]
 
     def read_declaration(self) -> None:

@@ -12,7 +12,7 @@ from lm_eval.filters import build_filter_ensemble
 
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError
-from medvlm_harness.requests import Capability, Generation, PromptWithFloors
+from medvlm_harness.requests import Capability, Exemplar, Generation, PromptWithFloors
 from medvlm_harness.tracks.base import NO_FILTER, Row
 from medvlm_harness.tracks.prompts import PromptedTask
 
@@ -57,6 +57,7 @@ class GenerationTask(PromptedTask):
     OUTPUT_TYPE: ClassVar[str] = "generate_until"
     NEEDS: ClassVar[frozenset[Capability]] = frozenset({"generate_until"})
     KEYS: ClassVar[frozenset[str]] = PromptedTask.KEYS | {"generation_kwargs", "filter_list"}
+    FLOORS: ClassVar[frozenset[str]] = frozenset()  # the kinds that `floors_of` and `exemplars` have something for
 
     def read_declaration(self) -> None:
         """Check the prompt's fields, the generation options and the filters."""
@@ -114,6 +115,11 @@ class GenerationTask(PromptedTask):
         """Kind of floor -> what it writes for a document; for `medvlm-baseline`, and extractive encoders (`copy`)."""
         return {}
 
+    @property
+    def exemplars(self) -> Sequence[Exemplar]:
+        """Train images with what is written of them, for the floor `neighbour`; the same object for every request."""
+        return ()
+
     # --- documents and requests
 
     def document(self, study: Study, *, source: str, target: str, **more: Any) -> dict[str, Any]:
@@ -121,10 +127,18 @@ class GenerationTask(PromptedTask):
         ids = self.document_ids(study)
         return {**ids, "prompt": self.prompt_for(study), "source": source, "target": target, **more}
 
-    def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Instance:
+    def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Instance | list[Instance]:
         """The prompt, with what floors would answer beside it."""
-        prompt = PromptWithFloors(self.as_chat(doc["prompt"]), self.floors_of(doc))
-        return Instance("generate_until", doc, (prompt, self.generation_kwargs), 0, metadata=kwargs["metadata"])
+        arguments = (self.prompt_of(doc), self.generation_kwargs)
+        return Instance("generate_until", doc, arguments, 0, metadata=kwargs["metadata"])
+
+    def prompt_of(self, doc: Mapping[str, Any]) -> Any:
+        """The prompt as sent, with what floors need beside it.
+
+        Lm-eval's chat clients take their messages in an object that is no text; it is handed on as it is.
+        """
+        prompt: Any = self.as_chat(doc["prompt"])
+        return PromptWithFloors(prompt, self.floors_of(doc), self.exemplars) if isinstance(prompt, str) else prompt
 
     def apply_filters(self) -> None:
         """Each pipeline's answers, which say of which pipeline they are."""
@@ -138,7 +152,13 @@ class GenerationTask(PromptedTask):
         text = results[0]
         ids = doc["study_id"], doc["patient_id"], doc["split"]
         # Models begin with the blank after "Impression:".
-        return TextRow(*ids, "", text.strip(), getattr(text, "finished", None), getattr(text, "pipeline", NO_FILTER))
+        return TextRow(
+            *ids,
+            doc.get("file", ""),
+            text.strip(),
+            getattr(text, "finished", None),
+            getattr(text, "pipeline", NO_FILTER),
+        )
 
     def details(self) -> dict[str, Any]:
         """Adds how the model was asked."""

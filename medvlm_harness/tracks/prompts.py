@@ -12,8 +12,6 @@ from medvlm_harness.tracks.base import COMMON_KEYS, MedicalTask
 
 __all__ = ["PromptedTask"]
 
-PROMPT_FIELDS = ("findings", "impression", "indication", "comparison")
-
 
 class PromptedTask(MedicalTask):
     """A task whose requests begin with its prompt, filled from the study's report; any backend of lm-eval answers.
@@ -23,6 +21,7 @@ class PromptedTask(MedicalTask):
     """
 
     KEYS: ClassVar[frozenset[str]] = COMMON_KEYS | {"prompt"}
+    FIELDS: ClassVar[tuple[str, ...]] = ("findings", "impression", "indication", "comparison")
 
     def read_declaration(self) -> None:
         """Check the prompt's fields."""
@@ -40,14 +39,18 @@ class PromptedTask(MedicalTask):
                 f"{self.task_name}: the prompt's braces do not match ({error}); double a literal one."
             ) from error
         for name in fields:
-            if name not in PROMPT_FIELDS:
-                raise UserError(f"{self.task_name}: the prompt asks for {{{name}}}.{near_matches(name, PROMPT_FIELDS)}")
+            if name not in self.FIELDS:
+                raise UserError(f"{self.task_name}: the prompt asks for {{{name}}}.{near_matches(name, self.FIELDS)}")
         self.prompt_fields = frozenset(fields)
         return prompt
 
     def prompt_for(self, study: Study) -> str:
         """The prompt of a study."""
-        return self.prompt.format(**{name: getattr(study, name).strip() for name in PROMPT_FIELDS})
+        return self.prompt.format(**{name: self.prompt_field(study, name) for name in self.FIELDS})
+
+    def prompt_field(self, study: Study, name: str) -> str:
+        """What stands in the prompt for one of `FIELDS`."""
+        return str(getattr(study, name)).strip()
 
     def doc_to_text(self, doc: Mapping[str, Any]) -> str:
         """The prompt."""

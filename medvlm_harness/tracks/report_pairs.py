@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError
-from medvlm_harness.labelers.base import compose_report
-from medvlm_harness.tracks.base import MedicalTask
-from medvlm_harness.tracks.report_reading import ReportReader
+from medvlm_harness.tracks.report_reading import ReadReports
 
 __all__ = ["ReportPair", "ReportPairs"]
 
@@ -23,12 +21,8 @@ class ReportPair(NamedTuple):
     impression: str
 
 
-class ReportPairs(MedicalTask):
-    """The studies with findings and impression, with an image or not, and which of them are abnormal.
-
-    Abnormal studies are those of which the label source does not say `No Finding`; where a set was prepared without
-    labels, the task's labeler reads the whole report: `rules`, or --metadata labeler=... of a task that has that key.
-    """
+class ReportPairs(ReadReports):
+    """The studies with findings and impression, with an image or not, and which of them are abnormal."""
 
     @cached_property
     def pairs(self) -> tuple[ReportPair, ...]:
@@ -51,26 +45,6 @@ class ReportPairs(MedicalTask):
                 f"{self.task_name}: no study of {self.data.manifest.name} in split train has findings and impression, "
                 "which the floors are made from."
             )
-
-    @cached_property
-    def reader(self) -> ReportReader:
-        """What reads texts."""
-        return ReportReader(str(self.runtime.get("labeler", "rules")))
-
-    @cached_property
-    def abnormal_by(self) -> str:
-        """What says which studies are abnormal: the label source, or the labeler of the run where there is none."""
-        if self.data.manifest.label_sources:
-            return self.label_source
-        return self.reader.labeler.name
-
-    def is_abnormal(self, study: Study) -> bool:
-        """True unless `No Finding` is said of the study."""
-        if self.data.manifest.label_sources:
-            labels = study.labels.get(self.label_source)
-        else:
-            labels = self.reader.labels(compose_report(study.findings, study.impression))
-        return labels is None or labels.get("No Finding") != 1
 
     def what_studies_have(self) -> str:
         """Counts of sections."""

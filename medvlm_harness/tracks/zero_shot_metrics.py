@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from medvlm_harness.metrics._arrays import ratio_or_nan
 from medvlm_harness.metrics.auroc_interval import auroc_interval
 from medvlm_harness.metrics.bootstrap import Weights, bootstrap_estimate, percentile_interval, resample, standard_error
 from medvlm_harness.metrics.classification import weighted_accuracy, weighted_balanced_accuracy
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.ranking import WeightedRanking, average_precision
 
-__all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "multiclass", "multilabel", "no_finding"]
+__all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "enough_support", "macro_auroc", "multiclass", "multilabel", "no_finding"]
 
 Array = NDArray[np.float64]
 MINIMUM_SUPPORT = 10  # labels with fewer positives or negatives are shown, and left out of macros
@@ -83,6 +84,39 @@ def multiclass(y_true: Array, probability: Array, margin: Array, studies: Sequen
     }
 
 
+def enough_support(y_true: Array) -> NDArray[np.bool_]:
+    """Which labels of truth (n, labels) go into macros: those with enough positives and negatives; (labels,)."""
+    positives, negatives = (y_true == 1).sum(axis=0), (y_true == 0).sum(axis=0)
+    return np.asarray(np.minimum(positives, negatives) >= MINIMUM_SUPPORT)
+
+
+def macro_auroc(y_true: Array, margin: Array, groups: Sequence[Sequence[int]]) -> Callable[[Weights], Array]:
+    """Mean AUROC over each group of columns, as a statistic: weights (b, n) to (b, groups); NaN for an empty group.
+
+    Args:
+        y_true: as in `multilabel`, shape (n, labels).
+        margin: likewise.
+        groups: columns that go into each mean.
+    """
+    rankings = {
+        j: WeightedRanking(y_true[:, j], margin[:, j], known=~np.isnan(y_true[:, j]))
+        for j in sorted({j for group in groups for j in group})
+    }
+
+    def statistic(weights: Weights) -> Array:
+        areas = {j: ranking(weights).auroc for j, ranking in rankings.items()}
+        nothing = np.full(len(weights), np.nan)
+        return np.column_stack([_row_means(np.stack([areas[j] for j in g], axis=1)) if g else nothing for g in groups])
+
+    return statistic
+
+
+def _row_means(values: Array) -> Array:
+    """Means of the defined values of each row; NaN where none is."""
+    defined = ~np.isnan(values)
+    return ratio_or_nan(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1).astype(np.float64))
+
+
 class _Macro:
     """Means over labels, from one set of resamples: each label's AUROC and average precision in every resample."""
 
@@ -90,8 +124,7 @@ class _Macro:
         self.keys, self.n = keys, len(studies)
         self.known = ~np.isnan(y_true)
         self.positives = np.where(self.known, y_true, 0).sum(axis=0).astype(int)
-        negatives = self.known.sum(axis=0) - self.positives
-        self.enough = (self.positives >= MINIMUM_SUPPORT) & (negatives >= MINIMUM_SUPPORT)
+        self.enough = enough_support(y_true)
         self.prevalence = self.positives / np.maximum(self.known.sum(axis=0), 1)
         columns = zip(y_true.T, score.T, self.known.T, strict=True)
         rankings = [WeightedRanking(y, s, known=known) for y, s, known in columns]
@@ -123,11 +156,7 @@ class _Macro:
             nothing = Estimate.undefined(f"no label has {MINIMUM_SUPPORT} positives and negatives", n=self.n)
             return replace(nothing, extra={"labels": [], "left_out_positives": left_out})
         samples = self.samples[what][:, used]
-        defined = ~np.isnan(samples)
-        counts = defined.sum(axis=1)
-        means = np.divide(
-            np.where(defined, samples, 0).sum(axis=1), counts, out=np.full(len(samples), np.nan), where=counts > 0
-        )
+        means = _row_means(samples)
         low, high, undefined = percentile_interval(means)
         return Estimate(
             value=float(self.values[what][used].mean()),

@@ -109,9 +109,33 @@ def test_what_it_cannot_do_is_refused_in_words() -> None:
         BaselineBackend().generate_until([])
 
 
+def test_the_oracle_knows_nothing_of_an_image_that_is_not_the_documents_own(
+    classify_requests: Callable[..., list[Instance]],
+) -> None:
+    docs = [{"target": [1, 0], "image": str(ref)} for ref in REFS]
+    own = BaselineBackend(kind="oracle").classify(classify_requests(REFS, LABELS, docs))
+    other = BaselineBackend(kind="oracle").classify(classify_requests(REFS[::-1], LABELS, docs))
+    assert {s.probability for s in own} == {(1 - 1e-6, 1e-6)}
+    assert {s.probability for s in other} == {(0.5, 0.5)}
+
+
+@pytest.mark.parametrize("kind", ["prior", "random", "oracle"])
+def test_an_indication_changes_nothing(kind: Any) -> None:
+    doc = {"target": [1, None]}
+    plain = Instance("classify", doc, (REFS[0], LABELS), 0)
+    told = Instance("classify", doc, (REFS[0], LABELS, TextRef("Cough.")), 0)
+    backend = BaselineBackend(kind=kind)
+    assert backend.classify([plain]) == backend.classify([told])
+
+
 # --- texts
 
-FLOORS = {"constant": "No acute disease.", "lead": "The heart is large.", "copy": "The heart is large. No effusion."}
+FLOORS = {
+    "constant": "No acute disease.",
+    "template": "Clear lungs.",
+    "lead": "The heart is large.",
+    "copy": "The heart is large. No effusion.",
+}
 
 
 def writing(arguments: list[Any], doc: dict[str, Any] | None = None) -> list[Instance]:
@@ -180,7 +204,11 @@ def test_without_a_text_the_way_to_give_one_is_named() -> None:
 @pytest.mark.parametrize(
     ("kind", "need", "reason"),
     [
-        ("prior", "generate_until", "kind=prior writes nothing; use kind=constant, lead, copy, tfidf"),
+        (
+            "prior",
+            "generate_until",
+            "kind=prior writes nothing; use kind=constant, template, lead, copy, tfidf, neighbour",
+        ),
         ("copy", "classify:image", "kind=copy writes texts; use kind=prior, random, oracle"),
         ("copy", "generate_until", None),
         ("prior", "classify:text", None),

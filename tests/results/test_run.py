@@ -130,8 +130,18 @@ def test_the_block_is_strict_json_with_every_documented_key(results: Any) -> Non
     assert set(block) == {"schema_version", "versions", "model", "tasks", "unsupported"}
     assert {"card", "weights_sha256", "probability_scale"} <= set(block["model"])
     for name, task in block["tasks"].items():
-        assert {"dataset", "split", "version", "documents", "scored", "counts", "contamination", "metrics"} <= set(task)
-        assert set(task["dataset"]) == {"name", "source", "sha256", "revision", "licence", "policies"}
+        assert {
+            "dataset",
+            "split",
+            "version",
+            "documents",
+            "scored",
+            "counts",
+            "contamination",
+            "remote",
+            "metrics",
+        } <= set(task)
+        assert set(task["dataset"]) == {"name", "source", "sha256", "revision", "licence", "sharing", "policies"}
         assert set(task["contamination"]) == {"trained_on", "splits_seen", "note"}
         for metric, estimate in task["metrics"].items():
             assert set(estimate) == {

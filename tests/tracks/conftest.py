@@ -52,6 +52,27 @@ def score() -> Callable[..., Scored]:
     return run
 
 
+@pytest.fixture(scope="session")
+def rows_of() -> Callable[..., list[Any]]:
+    """The rows of a probe, whose requests also ask about what it learns from."""
+
+    def run(one: Any, answer: Callable[[Sequence[Instance]], Sequence[Any]], **options: Any) -> list[Any]:
+        """The rows of one process, by lm-eval's steps."""
+        one.build_all_requests(**options)
+        for instance, response in zip(one.instances, answer(one.instances), strict=True):
+            instance.resps.append(response)
+        one.apply_filters()
+        rows = []
+        for number, doc in one.doc_iterator(**{k: v for k, v in options.items() if k != "answer"}):
+            (instance,) = (i for i in one.instances if i.doc_id == number)
+            results = one.process_results(doc, [instance.filtered_resps["none"]])
+            assert tuple(results) == one.metric_names()
+            rows.append(next(iter(results.values())))
+        return rows
+
+    return run
+
+
 class RadGraphFiles(NamedTuple):
     """A synthetic copy of RadGraph: demo reports, with the extractor's entities in the place of annotations."""
 

@@ -95,7 +95,8 @@ def test_a_pattern_loads_every_task_of_a_set(ours_alone: None) -> None:
 
 @pytest.mark.parametrize("name", ["iu_cxr", "demo_cxr"])
 def test_the_report_reading_ceiling_asks_what_the_images_are_asked(name: str, ours_alone: None) -> None:
-    loaded = TaskManager().load([f"{name}_zeroshot", f"{name}_text_zeroshot", f"{name}_text_probe"])["tasks"].values()
+    tracks = ("zeroshot", "text_zeroshot", "text_probe", "image_probe")
+    loaded = TaskManager().load([f"{name}_{track}" for track in tracks])["tasks"].values()
     assert len({task.label_set.labels for task in loaded}) == 1
     assert len({(tuple(task.subsets), task.no_finding_except) for task in loaded}) == 1
 

@@ -18,7 +18,7 @@ from medvlm_harness.labelers.base import make_labeler
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.requests import Generation
 from medvlm_harness.tracks.summarization import Summarization
-from medvlm_harness.tracks.summarization_metrics import metric_names
+from medvlm_harness.tracks.text_scorer import TextScorer
 
 FINDINGS = (
     "The heart is enlarged. No pleural effusion.",
@@ -78,7 +78,7 @@ def test_the_reference_itself_scores_one_and_has_no_lift(folder: Path, score: Ca
             if name.startswith("rouge"):
                 assert scored.value(f"{name}{part}") == 1
         assert scored.value(f"label_f1_micro_14{part}") == 1
-    lifts = [name for name in metric_names() if name.endswith("_lift")]
+    lifts = [name for name in TextScorer.metric_names() if name.endswith("_lift")]
     assert {scored.value(name) for name in lifts if not math.isnan(scored.value(name))} == {0.0}
 
 

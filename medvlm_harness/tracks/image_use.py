@@ -1,0 +1,254 @@
+"""What the image adds: the same questions with a study's own image, and with one that does not show the patient.
+
+Model, prompt and indication stay; another patient's image, or grey, takes the place of the study's own. What a model
+loses by that is what it takes from the image. One that loses nothing answers by the indication and by what is usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from numpy.typing import NDArray
+
+from medvlm_harness.data.records import Image, Study
+from medvlm_harness.data.substitution import SUBSTITUTES, Substitution
+from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.metrics.bootstrap import Weights
+from medvlm_harness.metrics.estimate import Estimate
+from medvlm_harness.metrics.paired import paired_estimates, paired_names
+from medvlm_harness.requests import ImageRef, LabelScores, TextRef
+from medvlm_harness.tracks.base import MedicalTask, Row
+from medvlm_harness.tracks.generation import TextRow
+from medvlm_harness.tracks.report_generation import ReportGeneration
+from medvlm_harness.tracks.text_scorer import LABELS
+from medvlm_harness.tracks.zero_shot import ScoreRow, ZeroShot
+from medvlm_harness.tracks.zero_shot_metrics import enough_support, macro_auroc
+
+__all__ = ["ImageUseLabels", "ImageUseReports"]
+
+TRUE = "true"
+Statistic = Callable[[Weights], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionsRow(Row):
+    """The rows of one document, one per condition."""
+
+    conditions: tuple[Any, ...]
+
+    __str__ = Row.__str__
+
+    @property
+    def filter(self) -> str:
+        """That of the answers."""
+        return str(self.conditions[0].filter)
+
+
+class ImageUse(MedicalTask):
+    """A task that asks each question once per condition: `true`, the study's own image, and each substitute.
+
+    YAML: `substitutes`, a list of other (another patient's image of the same view and split), blank (uniform grey) and
+    mean (the train split's mean image). --metadata substitution_seed=N draws other patients.
+    """
+
+    KEYS: ClassVar[frozenset[str]] = frozenset({"substitutes"})
+    RUNTIME_KEYS: ClassVar[frozenset[str]] = frozenset({"substitution_seed"})
+
+    def read_substitutes(self) -> None:
+        """Check the substitutes and the seed."""
+        named = self.declared.get("substitutes")
+        if not isinstance(named, list) or not named or len(set(map(str, named))) < len(named):
+            raise UserError(
+                f"{self.task_name}: expected substitutes to be a list of {', '.join(SUBSTITUTES)}, but got {named!r}."
+            )
+        for one in named:
+            if one not in SUBSTITUTES:
+                raise UserError(f"{self.task_name}: unknown substitute {one!r}.{near_matches(str(one), SUBSTITUTES)}")
+        self.substitutes = tuple(named)
+        self.conditions = (TRUE, *self.substitutes)
+        self.substitution_seed = self.runtime.get("substitution_seed", 0)
+        if not isinstance(self.substitution_seed, int):
+            raise UserError(f"{self.task_name}: expected substitution_seed=N, but got {self.substitution_seed!r}.")
+
+    @cached_property
+    def substitution(self) -> Substitution:
+        """What stands for the images of the set."""
+        return Substitution(self.data, seed=self.substitution_seed)
+
+    def under_conditions(self, image: Image) -> list[ImageRef]:
+        """The image itself, and what stands for it."""
+        own = ImageRef(image.sha256, self.data.path(image))
+        return [own, *(ImageRef(*self.substitution(kind, image)) for kind in self.substitutes)]
+
+    def row_of_conditions(self, doc: Mapping[str, Any], rows: Sequence[Row]) -> ConditionsRow:
+        """The rows of one document as one."""
+        ids = doc["study_id"], doc["patient_id"], doc["split"], doc["file"]
+        return ConditionsRow(*ids, tuple(rows))
+
+    def by_condition(self, rows: Sequence[ConditionsRow]) -> dict[str, list[Any]]:
+        """Condition -> the rows of all documents."""
+        return {name: [row.conditions[k] for row in rows] for k, name in enumerate(self.conditions)}
+
+    def details(self) -> dict[str, Any]:
+        """Adds the conditions and the seed."""
+        return {
+            **super().details(),
+            "conditions": list(self.conditions),
+            "substitution_seed": self.substitution_seed,
+        }
+
+
+class ImageUseLabels(ImageUse, ZeroShot):
+    """`classify` requests with the indication, one per image and condition: macro AUROC of each, and the differences.
+
+    Encoders ignore the indication; of them this asks how much the image decides at all. A study without an indication
+    is asked about without one.
+
+    YAML: as for `ImageUse`, and for `ZeroShot` with independent labels, without `no_finding`.
+    """
+
+    KEYS: ClassVar[frozenset[str]] = ImageUse.KEYS | ZeroShot.KEYS
+    RUNTIME_KEYS: ClassVar[frozenset[str]] = ImageUse.RUNTIME_KEYS | ZeroShot.RUNTIME_KEYS
+
+    def read_declaration(self) -> None:
+        """As for both; refuses exclusive options."""
+        super().read_declaration()
+        self.read_substitutes()
+        if self.target is not None or self.no_finding_except is not None:
+            raise UserError(f"{self.task_name}: expected independent labels, without `target:` and `no_finding:`.")
+
+    @cached_property
+    def _images(self) -> dict[str, Image]:
+        return {image.file: image for study in self.studies for image in study.images}
+
+    @cached_property
+    def _indications(self) -> dict[str, tuple[TextRef, ...]]:
+        """Study id -> the indication as an argument, or none."""
+        texts = {study.study_id: study.indication.strip() for study in self.studies}
+        return {study_id: (TextRef(text),) if text else () for study_id, text in texts.items()}
+
+    def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
+        """One request per condition."""
+        rest = (self.request_labels, *self._indications[doc["study_id"]])
+        return [
+            Instance("classify", doc, (ref, *rest), k, metadata=kwargs["metadata"])
+            for k, ref in enumerate(self.under_conditions(self._images[doc["file"]]))
+        ]
+
+    def make_row(self, doc: Mapping[str, Any], results: Sequence[LabelScores]) -> ConditionsRow:  # type: ignore[override]
+        """Scores under each condition."""
+        return self.row_of_conditions(doc, [super(ImageUseLabels, self).make_row(doc, [one]) for one in results])
+
+    # --- metrics
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Macro AUROC, and that of each subset."""
+        return paired_names(["auroc", *(f"auroc_{name}" for name in self.subsets)], self.conditions)
+
+    def estimate(self, rows: Sequence[ConditionsRow]) -> Mapping[str, Estimate]:  # type: ignore[override]
+        """Each condition on the same images, labels and resamples."""
+        by_condition: dict[str, list[ScoreRow]] = self.by_condition(rows)
+        truth = self._matrix(by_condition[TRUE], self.source)
+        enough = enough_support(truth)
+        names = self.label_set.names
+        members = {"auroc": names, **{f"auroc_{name}": labels for name, labels in self.subsets.items()}}
+        groups = [[j for j, name in enumerate(names) if name in labels and enough[j]] for labels in members.values()]
+        keys = [label.key for label in self.label_set.labels]
+        return paired_estimates(
+            {
+                condition: macro_auroc(truth, np.array([row.scores.margin for row in its]), groups)
+                for condition, its in by_condition.items()
+            },
+            [row.study_id for row in rows],
+            list(members),
+            floors=dict.fromkeys(members, 0.5),
+            extras={
+                metric: {"labels": [keys[j] for j in group]} for metric, group in zip(members, groups, strict=True)
+            },
+        )
+
+    def score_records(self, rows: Sequence[ConditionsRow]) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """One record per image, label and condition; those of substitutes are called `label@substitute`."""
+        for condition, its in self.by_condition(rows).items():
+            for record in super().score_records(its):
+                yield {**record, "label": _under(record["label"], condition)}
+
+
+class ImageUseReports(ImageUse, ReportGeneration):
+    """`generate_until` requests with images, one per study and condition: ROUGE-L and label F1, and the differences.
+
+    All images of a study that are shown are replaced. YAML: as for `ImageUse` and `ReportGeneration`.
+    """
+
+    KEYS: ClassVar[frozenset[str]] = ImageUse.KEYS | ReportGeneration.KEYS
+    RUNTIME_KEYS: ClassVar[frozenset[str]] = ImageUse.RUNTIME_KEYS | ReportGeneration.RUNTIME_KEYS
+    METRICS: ClassVar[tuple[str, ...]] = ("rougeL", *LABELS)
+
+    def read_declaration(self) -> None:
+        """As for both."""
+        super().read_declaration()
+        self.read_substitutes()
+
+    def shown(self, study: Study) -> list[list[ImageRef]]:
+        """The chosen images, and what stands for them."""
+        per_image = [self.under_conditions(image) for image in self.chosen_images(study)]
+        return [list(refs) for refs in zip(*per_image, strict=True)]
+
+    def make_row(self, doc: Mapping[str, Any], results: Sequence[str]) -> ConditionsRow:  # type: ignore[override]
+        """What was written under each condition."""
+        return self.row_of_conditions(doc, [super(ImageUseReports, self).make_row(doc, [one]) for one in results])
+
+    # --- metrics
+
+    def metric_names(self) -> tuple[str, ...]:
+        """See `METRICS`."""
+        return paired_names(self.METRICS, self.conditions)
+
+    def lower_is_better(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def estimate(self, rows: Sequence[ConditionsRow]) -> Mapping[str, Estimate]:  # type: ignore[override]
+        """Each condition on the same studies and resamples."""
+        if not rows:
+            return dict.fromkeys(self.metric_names(), Estimate.undefined("no study", n=0))
+        scorer = self.scorer_of(rows)
+        floors = {metric: scorer.floor(metric) for metric in self.METRICS}
+        estimates = paired_estimates(
+            {name: self._statistic(rows, its) for name, its in self.by_condition(rows).items()},
+            [row.study_id for row in rows],
+            self.METRICS,
+        )
+        for metric, its in floors.items():
+            for name in paired_names([metric], self.conditions)[: len(self.conditions)]:
+                extra = {**estimates[name].extra, "floors": its}
+                estimates[name] = replace(estimates[name], floor=max(its.values()), extra=extra)
+        return estimates
+
+    def _statistic(self, rows: Sequence[ConditionsRow], its: Sequence[TextRow]) -> Statistic:
+        """Values of `METRICS` of the texts of one condition: weights (b, n) to (b, metrics)."""
+        scorer, texts = self.scorer_of(rows), [row.text for row in its]
+        rouge = scorer.per_study(texts)[:, scorer.PER_STUDY.index("rougeL")]
+        label_f1 = scorer.label_f1(scorer.labels(texts))
+        return lambda weights: np.column_stack([weights @ rouge / weights.sum(axis=1), label_f1(weights)])
+
+    # --- results
+
+    def label_details(self) -> dict[str, Any]:
+        """Nothing: label F1 of each label is of one set of texts."""
+        return {}
+
+    def score_records(self, rows: Sequence[ConditionsRow]) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """One record per study, score and condition; those of substitutes are called `score@substitute`."""
+        for condition, its in self.by_condition(rows).items():
+            for record in super().score_records(its):
+                yield {**record, "label": _under(record["label"], condition)}
+
+
+def _under(label: str, condition: str) -> str:
+    return label if condition == TRUE else f"{label}@{condition}"
