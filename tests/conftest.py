@@ -195,3 +195,78 @@ def stock_folder(tmp_path: Path) -> Path:
     (folder / "stock.yaml").write_text(STOCK_TASK, encoding="utf-8")
     (folder / "data.py").write_text(STOCK_DATA, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random causal language model of two layers in transformers' layout; its tokens are bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("small_language_model")
+    special = ["<pad>", "</s>", "<s>"]
+    vocabulary = {token: k for k, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), max_position_embeddings=1024, initializer_range=0.3, **sizes, **tokens
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        LlamaForCausalLM(config).eval().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def light_and_dark(tmp_path_factory: pytest.TempPathFactory, write_set: Callable[..., Path]) -> Dataset:
+    """Studies whose one image is light or dark, and whose findings say which, in one word."""
+    folder = tmp_path_factory.mktemp("light_and_dark")
+    studies = []
+    for number, split in enumerate(["train"] * 16 + ["validation"] * 4 + ["test"] * 4):
+        findings = ("light", "dark")[number % 2]
+        low = {"light": 170, "dark": 10}[findings]
+        pixels = np.random.default_rng(number).integers(low, low + 60, (24, 24), dtype=np.uint8)
+        file = folder / f"{number}.png"
+        Image.fromarray(pixels).save(file)
+        image = RecordImage(file.name, hashlib.sha256(file.read_bytes()).hexdigest(), "frontal", 24, 24)
+        studies.append(
+            Study(f"s{number:02}", f"p{number:02}", (image,), indication="cough", findings=findings, split=split)
+        )
+    return read_dataset(write_set(folder, studies, name="light_and_dark"))
+
+
+@pytest.fixture(scope="session")
+def projector_of(small_language_model: Path, light_and_dark: Dataset) -> Callable[..., Any]:
+    """Train a projector on the above into a folder; gives back what the method says of it."""
+    from medvlm_harness.training.data import TrainingData
+    from medvlm_harness.training.finetune import finetune
+    from medvlm_harness.training.methods import Schedule
+    from medvlm_harness.training.projector import ProjectorMethod
+
+    def train(output: Path, *, steps: int = 60, eval_steps: int = 20, seed: int = 0, **options: Any) -> Any:
+        values = {"grid": 2, "hidden": 32, "instruction": "Findings:", "learning_rate": 0.01, **options}
+        method = ProjectorMethod(
+            encoder="medvlm-tiny",
+            device="cpu",
+            language_model=str(small_language_model),
+            schedule=Schedule(steps=steps, batch_size=4, eval_steps=eval_steps, seed=seed),
+            **values,
+        )
+        return finetune(method, TrainingData.of(light_and_dark), output)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def trained_projector(tmp_path_factory: pytest.TempPathFactory, projector_of: Callable[..., Any]) -> Path:
+    """One that learnt to tell light from dark."""
+    output = tmp_path_factory.mktemp("trained") / "light-or-dark"
+    projector_of(output)
+    return output

@@ -8,7 +8,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from medvlm_harness.cli import data, label, listing, run, store
+from medvlm_harness.cli import convert, data, finetune, label, listing, models, run, store
 from medvlm_harness.errors import UserError
 
 __all__ = ["main"]
@@ -22,8 +22,11 @@ app = typer.Typer(
 # The help lists the commands in this order; without a name they are commands of `medvlm` itself.
 app.add_typer(run.app)
 app.add_typer(listing.app)
+app.add_typer(models.app)
+app.add_typer(convert.app)
 app.add_typer(data.app, name="data")
 app.add_typer(label.app)
+app.add_typer(finetune.app)
 app.add_typer(store.app, name="store")
 
 

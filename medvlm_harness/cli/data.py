@@ -15,7 +15,7 @@ from medvlm_harness.errors import UserError, near_matches
 if TYPE_CHECKING:
     from medvlm_harness.labelers.base import Labeler
 
-__all__ = ["DATASETS", "app"]
+__all__ = ["DATASETS", "app", "known_dataset"]
 
 app = typer.Typer(help="Prepare data sets and look at them.", no_args_is_help=True)
 
@@ -43,7 +43,7 @@ def prepare(
     """Read a data set once, check every image, and write its records."""
     from medvlm_harness.data.locate import data_root
 
-    _known_dataset(name)
+    known_dataset(name)
     folder = (out or data_root() / name).expanduser()
     if name == "demo_cxr":
         from medvlm_harness.demo.generate import prepare_demo
@@ -85,7 +85,7 @@ def info(
     from medvlm_harness.data.info import describe
     from medvlm_harness.data.locate import find_dataset
 
-    _known_dataset(name)
+    known_dataset(name)
     dataset = find_dataset(name, data_dir=data_dir)
     summary = describe(dataset)
     manifest = dataset.manifest
@@ -117,7 +117,12 @@ def info(
     )
 
 
-def _known_dataset(name: str) -> None:
+def known_dataset(name: str) -> None:
+    """Refuse what is no data set of ours.
+
+    Raises:
+        UserError: with near matches.
+    """
     if name not in DATASETS:
         raise UserError(f"Unknown data set {name!r}.{near_matches(name, DATASETS)}")
 

@@ -17,8 +17,9 @@ def trained_splits(
     """The splits of a data set that a card's `trained_on` names.
 
     An entry is a data set's name ("IU-CXR"), a split of it ("R2Gen train split", "hash train split"), or
-    `{dataset: iu_cxr, splits: [train]}`. A name alone means all of it, unless another entry names its splits. Splits of
-    another scheme than the prepared set's cut it elsewhere, so all of it then counts as seen.
+    `{dataset: iu_cxr, splits: [train]}`, which may say by what `scheme`. A name alone means all of it, unless another
+    entry names its splits. Splits of another scheme than the prepared set's cut it elsewhere, so all of it then counts
+    as seen.
 
     Args:
         trained_on: the entries of the card.
@@ -34,7 +35,9 @@ def trained_splits(
     for entry in trained_on:
         if isinstance(entry, Mapping):
             if _plain(str(entry.get("dataset", ""))) in known:
-                splits = entry.get("splits")
+                splits, scheme = entry.get("splits"), entry.get("scheme")
+                if scheme is not None and _plain(str(scheme)) != _plain(split_scheme or ""):
+                    splits = None
                 named.update(map(canonical_split, map(str, splits)) if splits else SPLITS)
             continue
         words = entry.lower().split()

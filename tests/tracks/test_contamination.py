@@ -26,6 +26,8 @@ ALL = {"train", "validation", "test", "unassigned"}
         (["IU-CXR", "hash train split"], ALL),  # another scheme cuts the set elsewhere
         (["MIMIC-CXR train split"], set()),
         ([{"dataset": "iu_cxr", "splits": ["train", "val"]}], {"train", "validation"}),
+        ([{"dataset": "iu_cxr", "scheme": "r2gen", "splits": ["train"]}], {"train"}),
+        ([{"dataset": "iu_cxr", "scheme": "hash", "splits": ["train"]}], ALL),
         ([{"dataset": "Open-i"}], ALL),
         ([{"dataset": "MIMIC-CXR", "splits": ["train"]}], set()),
         ([{"dataset": "iu_cxr", "splits": ["train"]}, "IU-CXR"], {"train"}),
