@@ -39,7 +39,7 @@ class TextZeroShot(ZeroShot):
 
     @cached_property
     def _findings(self) -> dict[str, TextRef]:
-        return {study.study_id: TextRef(study.findings.strip()) for study in self.studies}
+        return {study.study_id: TextRef(study.findings.strip()) for study in self.data.studies}
 
     def input_ref(self, doc: Mapping[str, Any]) -> TextRef:
         """The findings."""

@@ -19,6 +19,7 @@ from medvlm_harness.results.plan import distinct_inputs
 from medvlm_harness.tracks.text_probe import TextProbe
 from medvlm_harness.training.linear_probe import linear_probe
 
+RowsOf = Callable[..., list[Any]]
 LABELS = ["Cardiomegaly", "Edema", "Fracture"]
 D = 6
 
@@ -57,21 +58,6 @@ def encoder(requests: Sequence[Instance]) -> list[Embedding]:
     return [Embedding(vector(request.arguments[0].text), False) for request in requests]
 
 
-def rows_of(one: TextProbe, answer: Callable[[Sequence[Instance]], Sequence[Any]], **options: Any) -> list[Any]:
-    """The rows of one process, by lm-eval's steps."""
-    one.build_all_requests(**options)
-    for instance, response in zip(one.instances, answer(one.instances), strict=True):
-        instance.resps.append(response)
-    one.apply_filters()
-    rows = []
-    for number, doc in one.doc_iterator(**{k: v for k, v in options.items() if k != "answer"}):
-        (instance,) = (i for i in one.instances if i.doc_id == number)
-        results = one.process_results(doc, [instance.filtered_resps["none"]])
-        assert tuple(results) == one.metric_names()
-        rows.append(next(iter(results.values())))
-    return rows
-
-
 def split(folder: Path, name: str) -> list[Study]:
     return [study for study in read_dataset(folder).studies if study.split == name and study.findings]
 
@@ -82,7 +68,7 @@ def labels(studies: Sequence[Study], name: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def scored(folder: Path) -> tuple[TextProbe, list[Any]]:
+def scored(rows_of: RowsOf, folder: Path) -> tuple[TextProbe, list[Any]]:
     one = task(folder, no_finding={"except": []}, metadata={"label_source": "rules"})
     rows = rows_of(one, encoder)
     one.estimates(rows)
@@ -124,7 +110,7 @@ def test_a_label_that_cannot_be_learnt_is_undefined_and_in_no_mean(scored: Any) 
 
 
 def test_the_floor_repeats_what_training_studies_of_the_same_words_have(
-    tmp_path: Path, write_set: Callable[..., Path]
+    rows_of: RowsOf, tmp_path: Path, write_set: Callable[..., Path]
 ) -> None:
     """Half of the test texts stand in the train split, with their labels; of the others nothing is known."""
     studies = []
@@ -153,7 +139,9 @@ def test_only_documents_of_the_chosen_split_are_scored(folder: Path, scored: Any
 
 
 @pytest.mark.parametrize("options", [{"limit": 5}, {"samples": [3, 60, 1]}])
-def test_the_whole_train_split_is_asked_for_whatever_is_limited(folder: Path, options: dict[str, Any]) -> None:
+def test_the_whole_train_split_is_asked_for_whatever_is_limited(
+    rows_of: RowsOf, folder: Path, options: dict[str, Any]
+) -> None:
     one = task(folder)
     rows = rows_of(one, encoder, **options)
     asked = {instance.doc["study_id"] for instance in one.instances} - {row.study_id for row in rows}
@@ -172,7 +160,7 @@ def records(one: TextProbe, rows: list[Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("limit", [None, 1, 7])
-def test_several_processes_give_the_estimates_of_one(folder: Path, limit: int | None) -> None:
+def test_several_processes_give_the_estimates_of_one(rows_of: RowsOf, folder: Path, limit: int | None) -> None:
     one = task(folder)
     alone = one.estimates(rows_of(one, encoder, limit=limit))
     gathered: list[Any] = []
@@ -200,7 +188,9 @@ def test_rows_may_come_in_any_order(folder: Path, scored: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("prior", 0.5, 0.5), ("random", 0.2, 0.8), ("oracle", 0.99, 1.0)])
-def test_baselines_are_floor_noise_and_ceiling(folder: Path, kind: Any, low: float, high: float) -> None:
+def test_baselines_are_floor_noise_and_ceiling(
+    rows_of: RowsOf, folder: Path, kind: Any, low: float, high: float
+) -> None:
     one = task(folder, labels=LABELS[:2], metadata={"label_source": "rules"})
     found = one.estimates(rows_of(one, BaselineBackend(kind=kind).embed))
     assert low <= found["auroc"].value <= high
@@ -227,7 +217,7 @@ def test_a_wrong_declaration_is_refused_before_any_data(tmp_path: Path, config: 
 
 
 def test_without_a_train_split_every_metric_is_undefined_with_the_reason(
-    tmp_path: Path, write_set: Callable[..., Path]
+    rows_of: RowsOf, tmp_path: Path, write_set: Callable[..., Path]
 ) -> None:
     studies = [
         Study(f"s{k}", f"p{k}", findings="x", labels={"rules": {"Edema": k % 2}}, split="test") for k in range(9)
