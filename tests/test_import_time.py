@@ -32,7 +32,9 @@ def test_errors_are_light() -> None:
     assert imported_by("import medvlm_harness.errors").intersection(HEAVY) == set()
 
 
-@pytest.mark.parametrize("module", ["medvlm_harness.cli", "medvlm_harness.tracks.declarations"])
+@pytest.mark.parametrize(
+    "module", ["medvlm_harness.cli", "medvlm_harness.tracks.declarations", "medvlm_harness.perturbations.image"]
+)
 def test_listing_and_checking_need_no_torch(module: str) -> None:
     assert "torch" not in imported_by(f"import {module}")
 

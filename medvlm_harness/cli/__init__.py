@@ -8,7 +8,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from medvlm_harness.cli import convert, data, finetune, label, listing, models, run, store
+from medvlm_harness.cli import convert, data, finetune, label, listing, models, perturb, run, store
 from medvlm_harness.errors import UserError
 
 __all__ = ["main"]
@@ -26,6 +26,7 @@ app.add_typer(models.app)
 app.add_typer(convert.app)
 app.add_typer(data.app, name="data")
 app.add_typer(label.app)
+app.add_typer(perturb.app)
 app.add_typer(finetune.app)
 app.add_typer(store.app, name="store")
 
