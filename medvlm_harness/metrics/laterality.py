@@ -20,7 +20,15 @@ import yaml
 
 from medvlm_harness.metrics.sentences import split_sentences
 
-__all__ = ["SidedMention", "Sides", "laterality_conflicts", "laterality_version", "mentioned_sides", "sided_findings"]
+__all__ = [
+    "SidedMention",
+    "Sides",
+    "laterality_conflicts",
+    "laterality_version",
+    "mentioned_sides",
+    "side_words",
+    "sided_findings",
+]
 
 Sides = Mapping[str, AbstractSet[str]]
 """Finding -> "left", "right" or both."""
@@ -70,6 +78,15 @@ def laterality_conflicts(source: Sides, text: Sides) -> set[str]:
         text: likewise.
     """
     return {finding for finding in source.keys() & text.keys() if not source[finding] & text[finding]}
+
+
+def side_words(text: str) -> list[str]:
+    """What each side word of a text says, in order: "left", "right" or "both".
+
+    >>> side_words("Left effusion, bibasilar atelectasis and an RLL opacity.")
+    ['left', 'both', 'right']
+    """
+    return [side for token in _TOKEN.findall(text.lower()) if (side := _terms().sides.of(token))]
 
 
 def laterality_version() -> int:
