@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["checked_weights", "ratio_or_nan", "running_sum"]
+__all__ = ["checked_weights", "ratio_or_nan", "row_means", "running_sum"]
 
 
 def checked_weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
@@ -23,6 +23,12 @@ def ratio_or_nan(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArr
     ratio = np.full(part.shape, np.nan)
     np.divide(part, whole, out=ratio, where=whole > 0)
     return ratio
+
+
+def row_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of the defined (not NaN) values of each row; NaN where none is."""
+    defined = ~np.isnan(values)
+    return ratio_or_nan(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1).astype(np.float64))
 
 
 def running_sum(rows: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,20 +8,18 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from medvlm_harness.metrics._arrays import ratio_or_nan
-from medvlm_harness.metrics.auroc_interval import auroc_interval
+from medvlm_harness.metrics._arrays import row_means
+from medvlm_harness.metrics.auroc_interval import auroc_estimate
 from medvlm_harness.metrics.bootstrap import Weights, bootstrap_estimate, percentile_interval, resample, standard_error
 from medvlm_harness.metrics.classification import weighted_accuracy, weighted_balanced_accuracy
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.metrics.ranking import WeightedRanking, average_precision
+from medvlm_harness.metrics.ranking import WeightedRanking
 
 __all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "enough_support", "macro_auroc", "multiclass", "multilabel", "no_finding"]
 
 Array = NDArray[np.float64]
 MINIMUM_SUPPORT = 10  # labels with fewer positives or negatives are shown, and left out of macros
 MULTICLASS = ("accuracy", "balanced_accuracy", "auroc")
-NORMAL_975 = 1.959964
-INTERVAL = "Newcombe's method 5 scaled by the DeLong variance over studies, Student's t"
 
 
 def multilabel(
@@ -106,15 +104,9 @@ def macro_auroc(y_true: Array, margin: Array, groups: Sequence[Sequence[int]]) -
     def statistic(weights: Weights) -> Array:
         areas = {j: ranking(weights).auroc for j, ranking in rankings.items()}
         nothing = np.full(len(weights), np.nan)
-        return np.column_stack([_row_means(np.stack([areas[j] for j in g], axis=1)) if g else nothing for g in groups])
+        return np.column_stack([row_means(np.stack([areas[j] for j in g], axis=1)) if g else nothing for g in groups])
 
     return statistic
-
-
-def _row_means(values: Array) -> Array:
-    """Means of the defined values of each row; NaN where none is."""
-    defined = ~np.isnan(values)
-    return ratio_or_nan(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1).astype(np.float64))
 
 
 class _Macro:
@@ -156,7 +148,7 @@ class _Macro:
             nothing = Estimate.undefined(f"no label has {MINIMUM_SUPPORT} positives and negatives", n=self.n)
             return replace(nothing, extra={"labels": [], "left_out_positives": left_out})
         samples = self.samples[what][:, used]
-        means = _row_means(samples)
+        means = row_means(samples)
         low, high, undefined = percentile_interval(means)
         return Estimate(
             value=float(self.values[what][used].mean()),
@@ -182,23 +174,12 @@ def _single(y_true: Array, score: Array, studies: NDArray[np.str_]) -> Estimate:
     positives = int(y.sum())
     if positives in (0, len(y)):
         return Estimate.undefined("only one class among what is labelled", n=len(y), positives=positives)
-    value, stderr, low, high = auroc_interval(y, s, clusters=studies[known])
-    if np.isnan(
-        stderr
-    ):  # DeLong's variance is 0 or unknown, which says little at few positives; the interval knows more
-        stderr = (high - low) / (2 * NORMAL_975)
     few = positives < MINIMUM_SUPPORT or len(y) - positives < MINIMUM_SUPPORT
-    return Estimate(
-        value=value,
-        stderr=stderr,
-        ci95=(low, high),
-        n=len(y),
-        positives=positives,
-        floor=0.5,
-        ceiling=1.0,
-        method=INTERVAL,
-        reason=f"fewer than {MINIMUM_SUPPORT} positives or negatives: left out of macros" if few else None,
-        extra={"average_precision": average_precision(y, s), "prevalence": positives / len(y)},
+    return auroc_estimate(
+        y,
+        s,
+        studies[known],
+        note=f"fewer than {MINIMUM_SUPPORT} positives or negatives: left out of macros" if few else None,
     )
 
 
