@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "near_matches"]
+__all__ = ["UserError", "first_line", "near_matches"]
 
 
 class UserError(ValueError):
@@ -13,6 +13,15 @@ class UserError(ValueError):
 
     The command line prints it as `error: ...` with exit status 2 and no traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    r"""What another library says of an error, in one line; the error's kind where it says nothing.
+
+    >>> first_line(ValueError("no such file\nand much more")), first_line(EOFError())
+    ('no such file', 'EOFError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:

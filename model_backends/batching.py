@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from medvlm_harness.errors import UserError
+from medvlm_harness.errors import UserError, first_line
 
 __all__ = ["BatchSize", "is_out_of_memory", "slots"]
 
@@ -85,7 +85,7 @@ class BatchSize:
                 if not is_out_of_memory(error):
                     raise
                 if size == 1:
-                    raise UserError(f"Not even one item fits into memory: {_first_line(error)}") from error
+                    raise UserError(f"Not even one item fits into memory: {first_line(error)}") from error
                 self._fits = size // 2
                 _log.warning("out of memory with %d items in a batch: going on with %d", size, self._fits)
             else:
@@ -121,7 +121,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

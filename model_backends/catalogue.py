@@ -26,6 +26,7 @@ __all__ = [
     "over_limit",
     "published_card",
     "state",
+    "variant_card",
 ]
 
 PARAMETER_LIMIT = 10_000_000_000  # this benchmark is about small models
@@ -77,6 +78,11 @@ def find(name: str) -> Entry:
 def backend_card(name: str) -> ModelCard:
     """The card of a backend, by the name that --model has for it."""
     return find(name).card
+
+
+def variant_card(name: str, card: ModelCard) -> ModelCard:
+    """The card of a backend's variant, by its name, on the scale that this run's options chose for `card`."""
+    return replace(backend_card(name), probability_scale=card.probability_scale)
 
 
 def published_card(model: str, location: str, revision: str | None) -> ModelCard | None:

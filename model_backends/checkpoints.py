@@ -11,9 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from medvlm_harness.errors import UserError
+from medvlm_harness.errors import UserError, first_line
 
 __all__ = [
+    "LOAD_ERRORS",
     "OPEN_CLIP_CONFIG",
     "Checkpoint",
     "find_folder",
@@ -25,6 +26,19 @@ __all__ = [
     "transformers_folder",
 ]
 
+# What torch.load(weights_only=True) and safetensors raise on a file that is damaged, foreign or holds code.
+LOAD_ERRORS = (
+    UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # The names that open_clip looks for, in its order (open_clip 3, factory.py).
 _OPEN_CLIP_WEIGHTS = (
@@ -139,9 +153,8 @@ def hub_folder(name: str, *, revision: str | None = None, gguf_file: str | None 
         if not _files(folder, (".safetensors",)):
             folder = Path(snapshot_download(name, allow_patterns=[*settings, "*.bin"], **options))
     except (OSError, HFValidationError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"There is no folder {name} here, and it cannot be fetched from the Hub: {line} "
+            f"There is no folder {name} here, and it cannot be fetched from the Hub: {first_line(error)} "
             "Name a local folder by pretrained=DIR."
         ) from error
     return folder
@@ -164,8 +177,7 @@ def tensor_names(weights: Sequence[Path]) -> set[str]:
             else:
                 names |= set(tensor_shapes(path))
         except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} cannot be read as weights: {line}") from error
+            raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
     return names
 
 

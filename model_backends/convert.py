@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,23 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from medvlm_harness.data.records import file_sha256
-from medvlm_harness.errors import UserError
+from medvlm_harness.errors import UserError, first_line
+from medvlm_harness.model_backends.checkpoints import LOAD_ERRORS
 
 __all__ = ["Conversion", "convert", "imported_by_pickle"]
 
-# What torch.load raises on a file that is damaged, foreign or, with weights_only, holds more than numbers.
-_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    OSError,
-    ValueError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ImportError,
-    AssertionError,
-)
+_UNPICKLING_ERRORS = (*LOAD_ERRORS, ImportError)  # the second where the file's own code runs
 _PICKLES_AT_MOST = 5  # torch's format before 1.6 holds as many, one after the other
 # What a file of tensors alone imports.
 _HARMLESS = ("torch._utils._rebuild_", "torch.storage.", "collections.OrderedDict")
@@ -80,7 +68,7 @@ def convert(source: Path, target: Path, *, key: str | None = None, trust_pickle:
         _refuse_to_overwrite(target)
         partial.replace(target)
     except SafetensorError as error:
-        raise UserError(f"{source} cannot be written as safetensors: {_first_line(error)}") from error
+        raise UserError(f"{source} cannot be written as safetensors: {first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
     return Conversion(target, sha256, len(tensors), left_out, copied)
@@ -119,10 +107,10 @@ def _imports(file: IO[bytes]) -> Iterator[str]:
 def _load(source: Path, trust_pickle: bool) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
-    except _LOAD_ERRORS as error:
+    except _UNPICKLING_ERRORS as error:
         imports = [name for name in imported_by_pickle(source) if not name.startswith(_HARMLESS)]
         if not imports:  # no question of trust
-            raise UserError(f"{source} cannot be read as a checkpoint: {_first_line(error)}") from error
+            raise UserError(f"{source} cannot be read as a checkpoint: {first_line(error)}") from error
         if not trust_pickle:
             raise UserError(
                 f"{source} is a pickle that runs code when it is read (it calls on {_some(imports)}), and whoever "
@@ -130,9 +118,9 @@ def _load(source: Path, trust_pickle: bool) -> Any:
             ) from error
     try:
         return torch.load(source, map_location="cpu", weights_only=False)
-    except _LOAD_ERRORS as error:
+    except _UNPICKLING_ERRORS as error:
         raise UserError(
-            f"{source} cannot be unpickled here: {_first_line(error)} "
+            f"{source} cannot be unpickled here: {first_line(error)} "
             "It may need the package that it was saved with, which must be installed for this step."
         ) from error
 
@@ -215,8 +203,3 @@ def _kind(value: Any) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import StoppingCriteriaList
 
-from medvlm_harness.errors import UserError
+from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.model_backends.sequences import (
     Padded,
     Prompt,
@@ -156,8 +156,7 @@ class Decoder:
                 **decoding.options,
             )
         except (ValueError, TypeError) as error:  # an option that `generate` does not know, or a value it refuses
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"generation_kwargs {dict(decoding.options)}: {line}") from error
+            raise UserError(f"generation_kwargs {dict(decoding.options)}: {first_line(error)}") from error
         texts = tokens[:, start:].tolist()
         return [cut_at_end(self.tokenizer, row, end_ids=self.end_ids, stops=stops) for row in texts]
 

@@ -229,6 +229,11 @@ class GenerativeBackend(TransformersBackend):
     # --- the model
 
     @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval names its cache of requests by: the model's hash, not its path."""
+        return f"{self.card.name}@{(self.weights_sha256 or '')[:12]}"
+
+    @property
     def is_seq2seq(self) -> bool:
         """An encoder-decoder: the context goes into the encoder, the continuation into the decoder."""
         return bool(self.config.is_encoder_decoder)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import PIL.Image
 import torch
 
-from medvlm_harness.errors import UserError
+from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.model_backends.cards import ModelCard, Source
 from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.checkpoints import OPEN_CLIP_CONFIG, Checkpoint, find_folder, transformers_folder
@@ -106,8 +106,7 @@ class ImageEncoderBackend(ImageVectors):
                 )
             self.processor = AutoImageProcessor.from_pretrained(self.folder, use_fast=False, **source)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"Cannot load {self.pretrained} with transformers: {line}") from error
+            raise UserError(f"Cannot load {self.pretrained} with transformers: {first_line(error)}") from error
         name = type(model).__name__
         if model.main_input_name != "pixel_values" or model.config.is_encoder_decoder:
             raise UserError(f"{self.pretrained} holds a {name}, which is no encoder of images.")

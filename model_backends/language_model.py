@@ -143,11 +143,6 @@ class LanguageModelBackend(GenerativeBackend):
 
     # --- chat templates
 
-    @property
-    def tokenizer_name(self) -> str:
-        """What lm-eval names its cache of requests by: the model's hash, not its path."""
-        return f"{self.card.name}@{(self.weights_sha256 or '')[:12]}"
-
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template that lm-eval writes into results; chosen as it does for `hf`."""
         if chat_template and not self.tokenizer.chat_template:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard
-from medvlm_harness.model_backends.catalogue import backend_card
+from medvlm_harness.model_backends.catalogue import backend_card, variant_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.class_prompts import PromptList
 from medvlm_harness.model_backends.dual_encoder import DualEncoder, EncodedTexts
@@ -177,8 +176,7 @@ class MedFilipBackend(DualEncoder):
     def _complete_card(self) -> None:
         """Takes the card of the variant, once the keys have told which it is."""
         if self.image_tower is not None:
-            card = backend_card(self.CARDS[self.image_tower])
-            self.card = replace(card, probability_scale=self.card.probability_scale)
+            self.card = variant_card(self.CARDS[self.image_tower], self.card)
         super()._complete_card()
 
     def describe(self) -> dict[str, Any]:

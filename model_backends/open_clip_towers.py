@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,30 +12,16 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from medvlm_harness.errors import UserError, near_matches
-from medvlm_harness.model_backends.checkpoints import OPEN_CLIP_CONFIG
+from medvlm_harness.errors import UserError, first_line, near_matches
+from medvlm_harness.model_backends.checkpoints import LOAD_ERRORS, OPEN_CLIP_CONFIG
 from medvlm_harness.model_backends.dual_encoder import EncodedTexts
 from medvlm_harness.model_backends.towers import LENGTH_STEP, Towers, refuse_key_mismatch
 from medvlm_harness.model_backends.transformers_towers import bert_config
 
 __all__ = ["folder_towers", "load_exactly", "named_towers", "read_checkpoint", "truncated", "wrap"]
 
-# What torch.load(weights_only=True) and safetensors raise on a file that is damaged, foreign or holds code.
-_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    SafetensorError,
-    RuntimeError,
-    OSError,
-    ValueError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-)
 # Entries that hold the state dict where a file keeps an optimizer and other things beside it.
 _INSIDE = ("state_dict", "network")
 
@@ -72,7 +57,7 @@ def named_towers(architecture: str, pretrained: str) -> Towers:
             )
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"Cannot load {architecture} {pretrained}: {_first_line(error)} "
+                f"Cannot load {architecture} {pretrained}: {first_line(error)} "
                 "Without a network, give a local folder or file: pretrained=PATH."
             ) from error
     tokenizer = open_clip.get_tokenizer(architecture)
@@ -105,7 +90,7 @@ def folder_towers(folder: Path, weights: Path) -> Towers:
     try:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no tokenizer that loads: {_first_line(error)}") from error
+        raise UserError(f"{folder} holds no tokenizer that loads: {first_line(error)}") from error
     return wrap(model, tokenizer)
 
 
@@ -118,10 +103,10 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         # Not open_clip's own loader: on a TypeError it loads again without weights_only.
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise UserError(
             f"{path} is no checkpoint that loads safely (safetensors, or a state dict with weights_only): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     inside = next((name for name in _INSIDE if isinstance(loaded, Mapping) and name in loaded), None)
     state = loaded if inside is None else loaded[inside]
@@ -262,8 +247,3 @@ def _write_bert_config(state: dict[str, torch.Tensor], source: Path, folder: Pat
             f"{source} needs a config.json for its text tower: only BERT's can be read from the weights."
         ) from error
     return folder
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from medvlm_harness.errors import UserError
+from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.model_backends.adapters import find_adapter
 from medvlm_harness.model_backends.batching import BatchSize
 from medvlm_harness.model_backends.cards import Source, card_beside
@@ -164,8 +164,9 @@ class TransformersBackend(TorchBackend):
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"Cannot load the {what} of {self.pretrained} with transformers: {line}") from error
+            raise UserError(
+                f"Cannot load the {what} of {self.pretrained} with transformers: {first_line(error)}"
+            ) from error
 
     @cached_property
     def max_length(self) -> int:

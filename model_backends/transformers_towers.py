@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from medvlm_harness.errors import UserError
+from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.model_backends.dual_encoder import EncodedTexts
 from medvlm_harness.model_backends.towers import LENGTH_STEP, Towers, refuse_key_mismatch
 
@@ -35,8 +35,7 @@ def transformers_towers(location: str, *, revision: str | None = None) -> Towers
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **source)
         processor = AutoImageProcessor.from_pretrained(location, trust_remote_code=False, use_fast=False, **source)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"Cannot load {location} with transformers: {line}") from error
+        raise UserError(f"Cannot load {location} with transformers: {first_line(error)}") from error
     refuse_key_mismatch(
         location, f"transformers' {type(model).__name__}", info["missing_keys"], info["unexpected_keys"]
     )

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from medvlm_harness.data.images import open_image
-from medvlm_harness.errors import UserError
+from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.sequences import Prompt
@@ -111,9 +111,8 @@ class VlmBackend(VisionLanguageBackend):
         try:
             encoded = self.processor(text=[conversation], add_special_tokens=self._adds(conversation), **given)
         except (ValueError, TypeError, KeyError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"The processor of {self.card.name} refuses a prompt with {len(images)} images: {line}"
+                f"The processor of {self.card.name} refuses a prompt with {len(images)} images: {first_line(error)}"
             ) from error
         ids = tuple(int(token) for token in encoded["input_ids"][0])
         places = [place for place, token in enumerate(ids) if token == self.config.image_token_id]
@@ -145,11 +144,6 @@ class VlmBackend(VisionLanguageBackend):
         """Whether the tokenizer is to add its special tokens: not where the template wrote the first one."""
         begin = self.tokenizer.bos_token
         return not (begin and conversation.startswith(begin))
-
-    @property
-    def tokenizer_name(self) -> str:
-        """What lm-eval names its cache of requests by: the model's hash, not its path."""
-        return f"{self.card.name}@{(self.weights_sha256 or '')[:12]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template that lm-eval writes into results."""

@@ -7,14 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, LlamaConfig
 
-from medvlm_harness.errors import UserError, near_matches
-from medvlm_harness.model_backends.checkpoints import transformers_folder
+from medvlm_harness.errors import UserError, first_line, near_matches
+from medvlm_harness.model_backends.checkpoints import LOAD_ERRORS, transformers_folder
 from medvlm_harness.model_backends.interleaved import IMAGE_TOKEN
 
 __all__ = ["PARTS", "Part", "XrayGptFiles", "published_state"]
@@ -95,7 +94,6 @@ UNUSED = re.compile(
     r"|^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.|^visual_encoder\.(norm|fc_norm|head)\."
 )
 _CONFIGS = {"vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig, "text_config": LlamaConfig}
-_READ_ERRORS = (UnpicklingError, RuntimeError, OSError, ValueError, EOFError, TypeError, AttributeError, LookupError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,10 +247,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             loaded = torch.load(path, "cpu", mmap=True, weights_only=True)
         except RuntimeError:  # torch's format before 1.6
             loaded = torch.load(path, "cpu", weights_only=True)
-    except _READ_ERRORS as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except LOAD_ERRORS as error:
         raise UserError(
-            f"{path} is no checkpoint that loads safely (a state dict, with weights_only): {line}"
+            f"{path} is no checkpoint that loads safely (a state dict, with weights_only): {first_line(error)}"
         ) from error
     state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 from medvlm_harness.data.sources.base import RawImage, RawStudy, Reading, ReadLog
-from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.errors import UserError, first_line, near_matches
 
 __all__ = ["IMAGE_COLUMNS", "TEXT_COLUMNS", "HubError", "read_hub"]
 
@@ -149,9 +149,9 @@ def _hub_rows(hub_id: str, revision: str | None, columns: Mapping[str, str]) -> 
     except HFValidationError as error:
         raise UserError(f"Expected a Hub id or the path of a parquet copy, but got {hub_id!r}.") from error
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(f"Expected a data set {hub_id} on the Hub, but: {_first_line(error)}") from error
+        raise UserError(f"Expected a data set {hub_id} on the Hub, but: {first_line(error)}") from error
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise HubError(f"The Hub is not reachable for {hub_id}: {_first_line(error)}") from error
+        raise HubError(f"The Hub is not reachable for {hub_id}: {first_line(error)}") from error
     for name, rows in splits.items():
         _check_columns(f"{hub_id} ({name})", rows.column_names, columns)
         wanted = rows.select_columns(sorted(set(columns.values())))
@@ -159,7 +159,3 @@ def _hub_rows(hub_id: str, revision: str | None, columns: Mapping[str, str]) -> 
             if isinstance(feature, datasets.Image):  # its bytes as they are; decoding comes later, once, and checked
                 wanted = wanted.cast_column(column, datasets.Image(decode=False))
         yield from wanted
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
