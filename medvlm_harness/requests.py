@@ -25,18 +25,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medvlm_harness.errors import UserError, near_matches
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 __all__ = [
     "Capability",
     "Embedding",
     "Exemplar",
     "Generation",
+    "ImagePerturbation",
     "ImageRef",
     "Label",
     "LabelScores",
@@ -60,20 +64,50 @@ Capability = Literal[
 """What a backend can do: a request type, and the kind of input where that matters."""
 
 
+class ImagePerturbation(Protocol):
+    """A change to an image before a model sees it, such as `perturbations.image.Case`; hashable, and pickles."""
+
+    @property
+    def identity(self) -> str:
+        """All that decides the changed pixels beside the image."""
+
+    def __call__(self, image: Image, *, key: str) -> Image:
+        """The changed image, of the same size and mode; `key` is the hash of the file's bytes."""
+
+
 class ImageRef(str):
-    """An image, as the sha256 of its file's bytes; `path` says where the file lies, its pixels are never held."""
+    """An image, as the sha256 of its file's bytes; `path` says where the file lies, its pixels are never held.
 
-    __slots__ = ("path",)
+    Of a perturbed image the string is the hash of both, and `file_sha256` that of the file alone.
+    """
+
+    __slots__ = ("file_sha256", "path", "perturbation")
+    file_sha256: str
     path: Path
+    perturbation: ImagePerturbation | None
 
-    def __new__(cls, sha256: str, path: Path) -> ImageRef:
-        """The hash as the string, and the path beside it."""
-        ref = super().__new__(cls, sha256)
-        ref.path = path
+    def __new__(cls, sha256: str, path: Path, perturbation: ImagePerturbation | None = None) -> ImageRef:
+        """The hash as the string, and beside it where the file lies and what is done to the picture."""
+        identity = sha256
+        if perturbation is not None:
+            identity = hashlib.sha256(f"{perturbation.identity} {sha256}".encode()).hexdigest()
+        ref = super().__new__(cls, identity)
+        ref.file_sha256, ref.path, ref.perturbation = sha256, path, perturbation
         return ref
 
-    def __reduce__(self) -> tuple[type[ImageRef], tuple[str, Path]]:
-        return ImageRef, (str(self), self.path)
+    def __reduce__(self) -> tuple[type[ImageRef], tuple[str, Path, ImagePerturbation | None]]:
+        return ImageRef, (self.file_sha256, self.path, self.perturbation)
+
+    def open(self) -> Image:
+        """The picture as a model is to see it: mode L or RGB, 8 bits per channel.
+
+        Raises:
+            UnreadableImage: if the file is missing, damaged, or not the one of its hash.
+        """
+        from medvlm_harness.data.images import open_image
+
+        image = open_image(self.path, expected_sha256=self.file_sha256)
+        return image if self.perturbation is None else self.perturbation(image, key=self.file_sha256)
 
 
 class TextRef(str):

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from PIL.Image import Image
 
-from medvlm_harness.data.images import open_image
 from medvlm_harness.requests import ImageRef
 
 __all__ = ["prepared"]
@@ -31,7 +30,7 @@ def prepared(
     """
 
     def prepare(ref: ImageRef) -> torch.Tensor:
-        return preprocess(open_image(ref.path, expected_sha256=str(ref)))
+        return preprocess(ref.open())
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         waiting: deque[tuple[Sequence[ImageRef], list[Future[torch.Tensor]]]] = deque()

@@ -19,6 +19,7 @@ from medvlm_harness.model_backends.batching import slots
 from medvlm_harness.model_backends.decoding import prepared
 from medvlm_harness.model_backends.torch_backend import TorchBackend
 from medvlm_harness.requests import Capability, Embedding, ImageRef
+from medvlm_harness.store import Space
 
 __all__ = ["ImageVectors", "Vectors", "unit"]
 
@@ -97,10 +98,14 @@ class ImageVectors(TorchBackend):
     def missing(self, images: Iterable[ImageRef], texts: Iterable[str]) -> tuple[list[ImageRef], list[str]]:
         """Of these, what would have to be computed: it is neither stored nor encoded already."""
         new = {str(image): image for image in images if image not in self._image_vectors}
-        return list(self._not_stored("embed:image", new).values()), []
+        return [
+            ref
+            for perturbation, refs in _by_perturbation(new.values()).items()
+            for ref in self._not_stored("embed:image", refs, perturbation=perturbation).values()
+        ], []
 
-    def _not_stored(self, kind: str, new: Mapping[str, Any]) -> dict[str, Any]:
-        stored = self.recall(self.space(kind), new, len)
+    def _not_stored(self, kind: str, new: Mapping[str, Any], *, perturbation: str = "") -> dict[str, Any]:
+        stored = self.recall(self.space(kind, perturbation=perturbation), new, len)
         return {key: one for key, one in new.items() if key not in stored}
 
     def seconds_per_item(self, images: Sequence[ImageRef], texts: Sequence[str]) -> tuple[float | None, float | None]:
@@ -128,18 +133,20 @@ class ImageVectors(TorchBackend):
     # --- encoding
 
     def _encode_new_images(self, images: Sequence[ImageRef]) -> None:
-        new = {str(image): image for image in images if image not in self._image_vectors}
-        if not new:
-            return
-        space = self.space("embed:image")
-        stored = self.recall(space, new, Embedding.from_bytes)
-        self._image_vectors.update({key: embedding.vector for key, embedding in stored.items()})
+        new = [image for image in images if image not in self._image_vectors]
+        for perturbation, of_file in _by_perturbation(new).items():
+            self._encode(of_file, self.space("embed:image", perturbation=perturbation))
+
+    def _encode(self, of_file: Mapping[str, ImageRef], space: Space | None) -> None:
+        """The vectors of images under one perturbation, by the hashes of their files."""
+        stored = self.recall(space, of_file, Embedding.from_bytes)
+        self._image_vectors.update({of_file[key]: embedding.vector for key, embedding in stored.items()})
         self.images_recalled += len(stored)
-        missing = [image for key, image in new.items() if key not in stored]
+        missing = [image for key, image in of_file.items() if key not in stored]
         for refs, pixels in self._pixels(missing):
             parts = self.batching.in_parts(pixels, self._encode_pixels)
-            vectors = dict(zip(map(str, refs), unit(torch.cat(parts).numpy()), strict=True))
-            self.keep(space, {key: Embedding(vector).to_bytes() for key, vector in vectors.items()})
+            vectors = dict(zip(refs, unit(torch.cat(parts).numpy()), strict=True))
+            self.keep(space, {ref.file_sha256: Embedding(vector).to_bytes() for ref, vector in vectors.items()})
             self._image_vectors.update(vectors)
             self.images_encoded += len(refs)
 
@@ -181,6 +188,15 @@ class ImageVectors(TorchBackend):
             "images_encoded": self.images_encoded,
             "images_recalled": self.images_recalled,
         }
+
+
+def _by_perturbation(images: Iterable[ImageRef]) -> dict[str, dict[str, ImageRef]]:
+    """Identity of a perturbation ("" for none) -> hash of a file -> the image: spaces of the store, and their keys."""
+    groups: dict[str, dict[str, ImageRef]] = {}
+    for image in images:
+        identity = "" if image.perturbation is None else image.perturbation.identity
+        groups.setdefault(identity, {})[image.file_sha256] = image
+    return groups
 
 
 def unit(vectors: NDArray[Any]) -> Vectors:

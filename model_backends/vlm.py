@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from medvlm_harness.data.images import open_image
 from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.catalogue import backend_card
@@ -245,4 +244,4 @@ class _PreparedOnce:
 @lru_cache(maxsize=16)
 def decoded(image: ImageRef) -> Image.Image:
     """An image as RGB; the last few are kept, which all questions about an image ask for."""
-    return open_image(image.path, expected_sha256=str(image)).convert("RGB")
+    return image.open().convert("RGB")

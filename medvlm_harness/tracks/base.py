@@ -147,13 +147,17 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         Text only where lm-eval's filters need it: --log_samples writes documents.
         """
 
+    def make_fitting_documents(self) -> Iterable[dict[str, Any]]:
+        """Documents of studies outside of the chosen splits, to fit on: none, unless a track fits something."""
+        return ()
+
     @abstractmethod
     def metric_names(self) -> tuple[str, ...]:
         """Every metric that each document contributes to, the same for all documents and processes."""
 
     @abstractmethod
     def estimate(self, rows: Sequence[Any]) -> Mapping[str, Estimate]:
-        """All metrics of the task from its rows (sorted by study and image)."""
+        """All metrics of the task from its rows (sorted by study and image), those to fit on among them."""
 
     @abstractmethod
     def score_records(self, rows: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -276,6 +280,11 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         views = Counter(image.view or "unknown" for study in self.studies for image in study.images)
         return "images of these views: " + (", ".join(f"{view} {views[view]}" for view in sorted(views)) or "none")
 
+    @cached_property
+    def fitting_documents(self) -> list[dict[str, Any]]:
+        """What is fitted on, such as validation images for thresholds: asked about, and scored by no metric."""
+        return list(self.make_fitting_documents())
+
     def doc_iterator(
         self, *, rank: int = 0, limit: int | None = None, world_size: int = 1, samples: Sequence[int] | None = None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -283,7 +292,8 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
 
         A study belongs to one process in every task over the same split, so that its images are encoded there alone;
         lm-eval's own counts documents. A process without any gets the first document as a stand-in, since lm-eval
-        expects at least one: its row is None, and `as_one_process` drops what is logged of it.
+        expects at least one: its row is None, and `as_one_process` drops what is logged of it. Documents to fit on come
+        last.
 
         Raises:
             UserError: if --samples asks for a document that is not there, or --limit for none.
@@ -298,17 +308,24 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
                     f"{len(self.documents) - 1}."
                 )
         chosen = self.chosen_documents(limit=limit, samples=samples)
-        own = [(k, doc) for k, doc in enumerate(chosen) if self.study_numbers[doc["study_id"]] % world_size == rank]
+        fitting = self.chosen_fitting_documents(limit=limit, samples=samples)
+        numbered = [*enumerate(chosen), *enumerate(fitting, start=len(self.documents))]
+        own = [(k, doc) for k, doc in numbered if self.study_numbers[doc["study_id"]] % world_size == rank]
         return iter(own or [(0, {**chosen[0], STAND_IN: True})])
 
     def chosen_documents(self, *, limit: int | None, samples: Sequence[int] | None) -> list[dict[str, Any]]:
         """The documents of all processes: those of --samples, else the first `limit`."""
         return [self.documents[number] for number in samples or ()] or self.documents[:limit]
 
+    def chosen_fitting_documents(self, *, limit: int | None, samples: Sequence[int] | None) -> list[dict[str, Any]]:
+        """The documents to fit on, of all processes: the first `limit`, and none with --samples."""
+        return [] if samples else self.fitting_documents[:limit]
+
     @cached_property
     def study_numbers(self) -> dict[str, int]:
-        """Study id -> its place in the chosen splits, which says what process it belongs to."""
-        return {study.study_id: number for number, study in enumerate(self.studies)}
+        """Study id -> its place in its splits, chosen or not, which says what process it belongs to."""
+        others = (study for study in self.data.studies if study.split not in self.splits)
+        return {study.study_id: number for part in (self.studies, others) for number, study in enumerate(part)}
 
     def build_all_requests(
         self,
@@ -384,7 +401,8 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         ids = tuple(sorted(map(id, rows)))
         if pipeline not in self._computed or self._computed[pipeline].ids != ids:
             ordered = sorted(rows, key=lambda row: (row.study_id, row.image))
-            self._computed[pipeline] = _Computed(ids, ordered, self.estimate(ordered))
+            scored = [row for row in ordered if row.split in self.splits]
+            self._computed[pipeline] = _Computed(ids, scored, self.estimate(ordered))
         return self._computed[pipeline].estimates
 
     @property

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -121,21 +120,16 @@ class EntityProbe(MedicalTask):
         """One document per report to score."""
         return map(self._document, self.studies)
 
-    @cached_property
-    def train_documents(self) -> list[dict[str, Any]]:
+    def make_fitting_documents(self) -> Iterator[dict[str, Any]]:
         """One document per report to learn from."""
-        return list(map(self._document, self.train_studies))
+        return map(self._document, self.train_studies)
+
+    def chosen_fitting_documents(self, *, limit: int | None, samples: Sequence[int] | None) -> list[dict[str, Any]]:
+        """All of them: fewer would make another probe."""
+        return self.fitting_documents
 
     def _document(self, study: Study) -> dict[str, Any]:
         return {**self.document_ids(study), "text": str(TextRef(study.findings)), "target": study.split}
-
-    def doc_iterator(
-        self, *, rank: int = 0, limit: int | None = None, world_size: int = 1, samples: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """As for all tasks, and behind the reports to score all those to learn from, numbered on."""
-        scored = super().doc_iterator(rank=rank, limit=limit, world_size=world_size, samples=samples)
-        learnt = enumerate(self.train_documents)
-        return chain(scored, ((len(self.documents) + k, doc) for k, doc in learnt if k % world_size == rank))
 
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Instance:
         """The text."""
@@ -145,11 +139,6 @@ class EntityProbe(MedicalTask):
     def make_row(self, doc: Mapping[str, Any], results: Sequence[TokenVectors]) -> ProbeRow:
         """The vectors of one report."""
         return ProbeRow(doc["study_id"], doc["patient_id"], doc["split"], "", results[0])
-
-    @property
-    def rows(self) -> Sequence[ProbeRow]:
-        """The rows that were scored, without those that were learnt from."""
-        return [row for row in super().rows if row.split != LEARNT_ON]
 
     # --- metrics
 

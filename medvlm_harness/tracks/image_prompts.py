@@ -8,7 +8,6 @@ from typing import Any, ClassVar, SupportsIndex
 
 from PIL.Image import Image as Picture
 
-from medvlm_harness.data.images import open_image
 from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.requests import ImageRef
@@ -43,7 +42,7 @@ class OpenedImages(list[ImageRef]):
 
 
 def _opened(ref: ImageRef) -> Picture:
-    return open_image(ref.path, expected_sha256=str(ref)).convert("RGB")
+    return ref.open().convert("RGB")
 
 
 class ImagePrompts(PromptedTask):

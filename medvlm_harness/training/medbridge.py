@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from medvlm_harness.data.images import open_image
 from medvlm_harness.data.labels import resolve
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError
@@ -232,7 +231,7 @@ class _Learning(Trainable):
             return [torch.stack(rows) for rows in zip(*(self.kept[image] for image in images), strict=True)]
         pixels: list[list[Tensor]] = [[] for _ in self.encoders]
         for ref in images:
-            image = open_image(ref.path, expected_sha256=str(ref))
+            image = ref.open()
             windows = self.drawn() if random else self.sliding
             for encoder, rows in zip(self.encoders, pixels, strict=True):
                 rows.append(view_pixels(encoder, image, windows, self.adapter.config.crop))
@@ -288,7 +287,7 @@ def _named(more_experts: str) -> list[tuple[str, str]]:
 def _build(encoders: Sequence[DualEncoder], labels: int, config: AdapterConfig, image: ImageRef) -> MedBridge:
     """An adapter with fresh weights; the width of each tower's tokens is what it gives for one image."""
     towers = [token_tower(encoder) for encoder in encoders]
-    picture = open_image(image.path, expected_sha256=str(image))
+    picture = image.open()
     widths = []
     for encoder, tower in zip(encoders, towers, strict=True):
         with torch.no_grad():

@@ -85,10 +85,25 @@ class Corruption:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A corruption at one severity: an entry of a suite."""
+    """A corruption at one severity: an entry of a suite, and a `requests.ImagePerturbation`."""
 
     corruption: Corruption
     severity: int
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """As in metric names."""
+        return f"{self.corruption.name}_{self.severity}"
+
+    @property
+    def identity(self) -> str:
+        """As the store's key holds it; see `identity`."""
+        return identity(self.corruption, self.severity, seed=self.seed)
+
+    def __call__(self, image: Image.Image, *, key: str) -> Image.Image:
+        """The corrupted image; see `corrupt`."""
+        return corrupt(image, self.corruption, self.severity, key=key, seed=self.seed)
 
 
 def corrupt(image: Image.Image, corruption: Corruption, severity: int, *, key: str, seed: int = 0) -> Image.Image:
