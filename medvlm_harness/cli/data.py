@@ -81,7 +81,7 @@ def info(
         typer.Option("--data-dir", "--data_dir", help="The prepared set's folder, if not where it is sought."),
     ] = None,
 ) -> None:
-    """Splits, label supports, section coverage, and agreement between label sources."""
+    """Splits, label supports, section coverage, subgroups, and agreement between label sources."""
     from medvlm_harness.data.info import describe
     from medvlm_harness.data.locate import find_dataset
 
@@ -109,6 +109,11 @@ def info(
         "Sections",
         ["Section", "Studies", "With a de-identified word"],
         [[s.section, s.studies, s.with_token] for s in summary.sections],
+    )
+    print_table(
+        "Subgroups (studies)",
+        ["Subgroup", "Value", "Studies", "Share"],
+        [[s.attribute, s.value or "(not said)", s.studies, f"{s.share:.1%}"] for s in summary.subgroups],
     )
     print_table(
         "Agreement between label sources (Cohen's kappa; uncertain left out, unmentioned negative)",

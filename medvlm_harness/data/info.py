@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,7 +12,7 @@ from medvlm_harness.data.records import Dataset, Study
 from medvlm_harness.data.splits import SPLITS
 from medvlm_harness.metrics.agreement import cohen_kappa
 
-__all__ = ["Agreement", "Description", "LabelSupport", "SectionCoverage", "SplitSummary", "describe"]
+__all__ = ["Agreement", "Description", "LabelSupport", "SectionCoverage", "SplitSummary", "SubgroupSize", "describe"]
 
 SECTIONS = ("indication", "comparison", "findings", "impression")
 
@@ -53,6 +54,16 @@ class SectionCoverage:
 
 
 @dataclass(frozen=True, slots=True)
+class SubgroupSize:
+    """How many studies have one value of a subgroup field; the sizes of a field sum to the studies."""
+
+    attribute: str
+    value: str | None  # None: the record does not say
+    studies: int
+    share: float  # of all studies
+
+
+@dataclass(frozen=True, slots=True)
 class Agreement:
     """Cohen's kappa of two label sources over the studies that both call positive or negative."""
 
@@ -71,6 +82,7 @@ class Description:
     splits: tuple[SplitSummary, ...]
     labels: tuple[LabelSupport, ...]
     sections: tuple[SectionCoverage, ...]
+    subgroups: tuple[SubgroupSize, ...]
     agreement: tuple[Agreement, ...]
 
 
@@ -89,6 +101,7 @@ def describe(dataset: Dataset, *, uncertain: Uncertain = "exclude", token: str =
         splits=tuple(_split(split, studies) for split in SPLITS if any(study.split == split for study in studies)),
         labels=tuple(_support(source, name, studies) for source in sources for name in names),
         sections=tuple(_section(section, studies, token) for section in SECTIONS),
+        subgroups=tuple(_subgroups(studies)),
         agreement=tuple(
             _agreement(name, first, second, studies, uncertain)
             for first, second in combinations(sources, 2)
@@ -129,6 +142,13 @@ def _support(source: str, name: str, studies: tuple[Study, ...]) -> LabelSupport
 def _section(section: str, studies: tuple[Study, ...], token: str) -> SectionCoverage:
     texts = [text for study in studies if (text := getattr(study, section))]
     return SectionCoverage(section, len(texts), sum(token in text for text in texts))
+
+
+def _subgroups(studies: tuple[Study, ...]) -> Iterator[SubgroupSize]:
+    for attribute in sorted({name for study in studies for name in study.subgroups}):
+        sizes = Counter(study.subgroups.get(attribute) for study in studies)
+        for value in sorted(sizes, key=lambda value: (value is None, value)):
+            yield SubgroupSize(attribute, value, sizes[value], sizes[value] / len(studies))
 
 
 def _agreement(name: str, first: str, second: str, studies: tuple[Study, ...], uncertain: Uncertain) -> Agreement:

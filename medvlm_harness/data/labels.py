@@ -21,6 +21,7 @@ __all__ = [
     "MESH_SOURCE",
     "LabelTable",
     "Uncertain",
+    "coded_terms",
     "mesh_labels",
     "mesh_rule_version",
     "read_label_table",
@@ -78,6 +79,16 @@ def read_label_table(path: Path, log: ReadLog | None = None) -> LabelTable:
     return LabelTable(tuple(name for name in CHEXPERT_14 if name in columns), kept)
 
 
+def coded_terms(terms: Sequence[str]) -> list[tuple[str, ...]] | None:
+    """MeSH terms in their parts, lower case and single blanks; None where nobody coded the study.
+
+    >>> coded_terms(["Pleural Effusion/left"]), coded_terms(["No Indexing"]), coded_terms([])
+    ([('pleural effusion', 'left')], None, None)
+    """
+    split = [tuple(_key(part) for part in term.split("/")) for term in terms if term.strip()]
+    return None if not split or _mesh_rules().unlabelled.intersection(parts[0] for parts in split) else split
+
+
 def mesh_labels(terms: Sequence[str]) -> Labels | None:
     """The fourteen observations of one study by the rules of `mesh_chexpert.yaml`; None where nobody coded it.
 
@@ -88,10 +99,10 @@ def mesh_labels(terms: Sequence[str]) -> Labels | None:
     (-1, 1, 0, 0)
     """
     rules = _mesh_rules()
-    split = [tuple(_key(part) for part in term.split("/")) for term in terms if term.strip()]
-    heads = {head for head, *_ in split}
-    if not heads or heads & rules.unlabelled:
+    split = coded_terms(terms)
+    if split is None:
         return None
+    heads = {head for head, *_ in split}
     labels: dict[str, int | None] = dict.fromkeys(CHEXPERT_14, 0)
     for name, rule in rules.labels:
         for head, *qualifiers in split:

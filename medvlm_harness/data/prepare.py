@@ -23,6 +23,7 @@ from medvlm_harness.data.records import Image, Labels, Manifest, Study, file_sha
 from medvlm_harness.data.sources.base import RawImage, RawStudy, Reading, ReadLog
 from medvlm_harness.data.sources.detect import detect
 from medvlm_harness.data.splits import SPLIT_SCHEMES, SPLITS, SplitScheme, assign_split
+from medvlm_harness.data.subgroups import subgroup_rule_version, subgroups_of
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.labelers.base import Labeler, compose_report
 
@@ -134,6 +135,7 @@ def prepare_reading(
             "aspect": _aspect(sizes),
             "images": f"PNG or JPEG, at most {MAX_PIXELS} pixels, decoded once when prepared",
             **{f"labels_{source}": policy for source, policy in _label_policies(labelers).items() if source in sources},
+            **({"subgroups": _subgroup_policy()} if any(study.subgroups for study in studies) else {}),
             **reading.policies,
         },
         resolutions=dict(sizes.most_common()),
@@ -221,6 +223,7 @@ def _study(
         impression=raw.impression,
         mesh=raw.mesh,
         labels=labels,
+        subgroups=subgroups_of({"indication": raw.indication, "comparison": raw.comparison}, raw.mesh),
         split=assigned,
     )
 
@@ -296,6 +299,10 @@ def _label_policies(labelers: Sequence[Labeler]) -> dict[str, str]:
         **{labeler.name: f"version {labeler.version} on {_READ[labeler.sections]}" for labeler in labelers},
         MESH_SOURCE: f"mesh_chexpert.yaml version {mesh_rule_version()}; studies nobody coded are unlabelled",
     }
+
+
+def _subgroup_policy() -> str:
+    return f"subgroups.yaml version {subgroup_rule_version()}; what a record does not say is left out"
 
 
 def _warnings(manifest: Manifest, log: ReadLog) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 
 from medvlm_harness.data.chexpert import CHEXPERT_13
+from medvlm_harness.data.subgroups import stated
 from medvlm_harness.metrics._arrays import ratio_or_nan
 from medvlm_harness.metrics._texts import words
 from medvlm_harness.metrics.bootstrap import bootstrap_columns
@@ -49,7 +50,6 @@ __all__ = [
     "critical_findings",
     "factuality_rates",
     "factuality_version",
-    "has_prior",
     "is_cut_off",
     "is_repetitive",
     "omitted_findings",
@@ -106,35 +106,33 @@ class CheckRates(NamedTuple):
     lift: Estimate
 
 
-def check_pair(
-    source: Reading, written: Reading, *, comparison: str | None = None, hit_limit: bool | None = None
-) -> PairChecks:
+def check_pair(source: Reading, written: Reading, *, comparison: str = "", hit_limit: bool | None = None) -> PairChecks:
     """Every check of one written text (an impression) against its source (the findings).
 
     contradiction: a finding is positive in one and negative in the other.
     unsupported_finding: positive in the text, neither positive nor uncertain in the source.
     omission: positive in the source, not mentioned in the text. A summary selects: only the lift counts.
     laterality_conflict: the same finding on other sides; NaN unless both texts give a side to one finding.
-    prior_without_prior: the text compares with an earlier study where the comparison field says that there is none;
-        NaN where there is one, or nobody knows.
+    prior_without_prior: the text compares with an earlier study where the comparison field says that there is none, by
+        data/subgroups.yaml; NaN where there is one, or nobody knows.
     measurement_not_in_source: a number with a unit that the source has not, compared in one unit.
     repetition, empty, truncated: of the text alone; see `is_repetitive` and `is_cut_off`.
 
     Args:
         source: what the text must be true to.
         written: the text, by a model or by the radiologist.
-        comparison: the study's own comparison field, "" where it is empty; None where the data set has none.
+        comparison: the study's own comparison field; "" where it is empty or the data set has none: nobody knows.
         hit_limit: whether generation was stopped by its length limit; None where unknown.
     """
     labelled = bool(source.labels) and bool(written.labels)
     sides = _sides_of_both(source, written)
-    prior = None if comparison is None else has_prior(comparison)
+    no_prior = stated("comparison", comparison) == "none"
     flags = {
         "contradiction": bool(contradictions(source.labels, written.labels)) if labelled else None,
         "unsupported_finding": bool(unsupported_findings(source.labels, written.labels)) if labelled else None,
         "omission": bool(omitted_findings(source.labels, written.labels)) if labelled else None,
         "laterality_conflict": bool(laterality_conflicts(*sides)) if sides[0].keys() & sides[1].keys() else None,
-        "prior_without_prior": bool(claims_prior(written.text)) if prior is False else None,
+        "prior_without_prior": bool(claims_prior(written.text)) if no_prior else None,
         "measurement_not_in_source": bool(measurements(written.text) - measurements(source.text)),
         "repetition": is_repetitive(written.text),
         "empty": not words(written.text),
@@ -217,18 +215,6 @@ def omitted_findings(source: Labels, written: Labels) -> set[str]:
 def critical_findings() -> frozenset[str]:
     """The findings that `critical_recall` is about, from factuality.yaml."""
     return _terms().critical
-
-
-def has_prior(comparison: str) -> bool | None:
-    """Whether a comparison field names an earlier study; None where de-identification left nothing that says so.
-
-    >>> has_prior("None."), has_prior(""), has_prior("Chest radiograph XXXX"), has_prior("XXXX, XXXX.")
-    (False, False, True, None)
-    """
-    text = _plain(comparison)
-    if not text or any(pattern.search(text) for pattern in _terms().no_comparison):
-        return False
-    return None if _terms().unknown_comparison.search("".join(text.split())) else True
 
 
 def claims_prior(text: str) -> list[str]:
@@ -318,8 +304,6 @@ def _plain(text: str) -> str:
 class _Terms:
     version: int
     critical: frozenset[str]
-    no_comparison: tuple[re.Pattern[str], ...]
-    unknown_comparison: re.Pattern[str]
     prior_claims: tuple[re.Pattern[str], ...]
     not_a_claim: tuple[re.Pattern[str], ...]
     unfinished: frozenset[str]
@@ -328,9 +312,9 @@ class _Terms:
 @cache
 def _terms() -> _Terms:
     raw = yaml.safe_load(files("medvlm_harness.metrics").joinpath("factuality.yaml").read_text(encoding="utf-8"))
-    patterns = {key: _compiled(raw[key]) for key in ("no_comparison", "prior_claims", "not_a_claim")}
+    patterns = {key: _compiled(raw[key]) for key in ("prior_claims", "not_a_claim")}
     sets = {key: frozenset(raw[key]) for key in ("critical", "unfinished")}
-    return _Terms(**raw | patterns | sets | {"unknown_comparison": re.compile(raw["unknown_comparison"])})
+    return _Terms(**raw | patterns | sets)
 
 
 def _compiled(patterns: Iterable[str]) -> tuple[re.Pattern[str], ...]:

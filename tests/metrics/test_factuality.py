@@ -23,7 +23,6 @@ from medvlm_harness.metrics.factuality import (
     critical_findings,
     factuality_rates,
     factuality_version,
-    has_prior,
     is_cut_off,
     is_repetitive,
 )
@@ -107,29 +106,6 @@ def test_a_labelers_sides_are_used_where_both_texts_have_them() -> None:
     left, right = (Reading("Effusion.", mentions=[SidedMention("e", 1, side)]) for side in ("left", "right"))
     assert check_pair(left, right).flags["laterality_conflict"] == 1
     assert math.isnan(check_pair(left, Reading("Right effusion.")).flags["laterality_conflict"])
-
-
-@pytest.mark.parametrize(
-    ("comparison", "prior"),
-    [
-        ("", False),
-        ("  ", False),
-        ("None.", False),
-        ("None available", False),
-        ("NONE", False),
-        ("No comparison studies are currently available.", False),
-        ("Not available", False),
-        ("Radiograph Chest PA and Lateral None.", False),
-        ("Chest radiograph XXXX", True),
-        ("CT chest dated XXXX, XXXX.", True),
-        ("PA and lateral chest x-XXXX", True),
-        ("XXXX", None),
-        ("XXXX, XXXX.", None),
-        ("XXXX at XXXX p.m.", None),
-    ],
-)
-def test_the_comparison_field_says_whether_there_is_a_prior(comparison: str, prior: bool | None) -> None:
-    assert has_prior(comparison) is prior
 
 
 @pytest.mark.parametrize(
@@ -319,7 +295,7 @@ def test_the_patterns_are_written_in_the_form_that_the_file_describes() -> None:
     assert raw["version"] == factuality_version() >= 1
     assert set(raw["critical"]) == critical_findings()
     assert all(isinstance(word, str) for word in raw["unfinished"])
-    for pattern in [*raw["prior_claims"], *raw["not_a_claim"], *raw["no_comparison"], raw["unknown_comparison"]]:
+    for pattern in [*raw["prior_claims"], *raw["not_a_claim"]]:
         assert pattern == pattern.lower(), "texts are matched in lower case"
 
 
@@ -337,8 +313,10 @@ def test_base_rates_of_the_checks_of_plain_text_on_real_reports(iu_cxr: Dataset)
     pairs = [check_pair(Reading(s.findings), Reading(s.impression), comparison=s.comparison) for s in studies]
     rates = factuality_rates(pairs, pairs, [s.study_id for s in studies])
     assert time.perf_counter() - start < 5
-    assert len(studies) == 886 and rates["prior_without_prior"].model.n > 500
-    for name in ("laterality_conflict", "prior_without_prior"):
-        assert 0 < rates[name].model.value < 0.02
-    for name in ("measurement_not_in_source", "repetition", "truncated", "empty"):
+    assert len(studies) == 886
+    without_prior = sum(s.subgroups.get("comparison") == "none" for s in studies)
+    assert rates["prior_without_prior"].model.n == without_prior > 400
+    assert sum(bool(claims_prior(s.impression)) for s in studies) > 10  # of those with an earlier study, nearly all
+    assert 0 < rates["laterality_conflict"].model.value < 0.02
+    for name in ("prior_without_prior", "measurement_not_in_source", "repetition", "truncated", "empty"):
         assert rates[name].model.value < 0.01
