@@ -24,16 +24,19 @@ __all__ = [
     "bootstrap_means",
     "percentile_interval",
     "resample",
+    "sampled_estimate",
     "standard_error",
     "study_weights",
     "weight_blocks",
     "weighted_mean",
     "weighted_median",
+    "wilson_at_end",
 ]
 
 # Large enough for few steps in Python, small enough for memory that does not grow with the number of items.
 _BLOCK_BYTES = 16 * 2**20
 _KEPT_BYTES = 64 * 2**20
+Z_975 = 1.959964
 
 Weights = NDArray[np.float64]
 """How often each item is in each resample: whole numbers, shape (resamples, n)."""
@@ -114,7 +117,7 @@ def bootstrap_estimate(
     if np.isnan(value):
         return Estimate.undefined("undefined on these items", n=n, positives=positives)
     samples = resample(statistic, study_ids, resamples=resamples, seed=seed)
-    return _estimate(value, samples, n=n, positives=positives, floor=floor, ceiling=ceiling, seed=seed)
+    return sampled_estimate(value, samples, n=n, positives=positives, floor=floor, ceiling=ceiling, seed=seed)
 
 
 def bootstrap_columns(
@@ -141,17 +144,19 @@ def bootstrap_columns(
     n = len(np.asarray(study_ids))
     values = statistic(np.ones((1, n)))[0] if n else np.full(len(positives), np.nan)
     samples = resample(statistic, study_ids, resamples=resamples, seed=seed) if n else np.empty((0, len(positives)))
-    estimates = []
-    for column, (value, support) in enumerate(zip(values.tolist(), positives, strict=True)):
-        if np.isnan(value):
-            estimate = Estimate.undefined("undefined on these items" if n else "no item", n=n, positives=support)
-        else:
-            floor = floors[column] if floors else None
-            estimate = _estimate(
-                value, samples[:, column], n=n, positives=support, floor=floor, ceiling=None, seed=seed
-            )
-        estimates.append(replace(estimate, extra={**(extras[column] if extras else {}), **estimate.extra}))
-    return estimates
+    return [
+        sampled_estimate(
+            value,
+            samples[:, column],
+            n=n,
+            seed=seed,
+            positives=support,
+            floor=floors[column] if floors else None,
+            why="undefined on these items" if n else "no item",
+            extra=extras[column] if extras else None,
+        )
+        for column, (value, support) in enumerate(zip(values.tolist(), positives, strict=True))
+    ]
 
 
 def bootstrap_means(
@@ -178,21 +183,44 @@ def bootstrap_means(
         return [Estimate.undefined("no item", n=0) for _ in floors]
     samples = resample(lambda w: w @ v / w.sum(axis=1, keepdims=True), study_ids, resamples=resamples, seed=seed)
     return [
-        _estimate(float(mean), column, n=len(v), positives=None, floor=floor, ceiling=ceiling, seed=seed)
+        sampled_estimate(float(mean), column, n=len(v), floor=floor, ceiling=ceiling, seed=seed)
         for mean, column, floor, ceiling in zip(v.mean(axis=0), samples.T, floors, ceilings, strict=True)
     ]
 
 
-def _estimate(
+def sampled_estimate(
     value: float,
     samples: NDArray[np.float64],
     *,
     n: int,
-    positives: int | None,
-    floor: float | None,
-    ceiling: float | None,
     seed: int,
+    positives: int | None = None,
+    floor: float | None = None,
+    ceiling: float | None = None,
+    trials: int | None = None,
+    why: str = "undefined on these items",
+    extra: Mapping[str, Any] | None = None,
 ) -> Estimate:
+    """A value with standard error and percentile interval from its resampled values.
+
+    Args:
+        value: NaN where it is undefined.
+        samples: the same on each resample, (resamples,).
+        n: see `Estimate`, as positives, floor, ceiling and extra.
+        seed: what the resamples were drawn with.
+        positives: see `Estimate`.
+        floor: see `Estimate`.
+        ceiling: see `Estimate`.
+        trials: for a share, of how many studies: at 0 and 1 the interval is Wilson's, see `wilson_at_end`.
+        why: the reason if it is undefined.
+        extra: see `Estimate`.
+    """
+    if np.isnan(value):
+        return replace(Estimate.undefined(why, n=n, positives=positives), extra=dict(extra or {}))
+    if trials and value in (0, 1):
+        stderr, ends = wilson_at_end(value, trials)
+        method = f"Wilson over {trials} studies, since all resamples agree"
+        return Estimate(value, stderr, ends, n, positives, floor, ceiling, method, extra=dict(extra or {}))
     low, high, undefined = percentile_interval(samples)
     return Estimate(
         value=value,
@@ -204,8 +232,17 @@ def _estimate(
         ceiling=ceiling,
         method=f"bootstrap over studies, {len(samples)} resamples, seed {seed}, percentile",
         reason=f"undefined on {undefined:.1%} of the resamples" if undefined else None,
-        extra={"undefined_resamples": undefined},
+        extra={**(extra or {}), "undefined_resamples": undefined},
     )
+
+
+def wilson_at_end(value: float, trials: int) -> tuple[float, tuple[float, float]]:
+    """Standard error and Wilson's 95% interval of a share of none or all of the trials, `value` 0 or 1.
+
+    There all resamples agree, and an interval without width would claim certainty.
+    """
+    reach = Z_975**2 / (trials + Z_975**2)
+    return reach / (2 * Z_975), ((0.0, reach) if value == 0 else (1 - reach, 1.0))
 
 
 def percentile_interval(samples: ArrayLike, level: float = 0.95) -> PercentileInterval:
