@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Estimate"]
+__all__ = ["Estimate", "plain"]
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,29 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain JSON: numbers that are not finite become None, an unknown interval None as a whole."""
-        interval = [_plain(end) for end in self.ci95]
+        interval = [plain(end) for end in self.ci95]
         return {
-            "value": _plain(self.value),
-            "stderr": _plain(self.stderr),
+            "value": plain(self.value),
+            "stderr": plain(self.stderr),
             "ci95": None if None in interval else interval,
             "n": int(self.n),
-            "positives": _plain(self.positives),
-            "floor": _plain(self.floor),
-            "ceiling": _plain(self.ceiling),
+            "positives": plain(self.positives),
+            "floor": plain(self.floor),
+            "ceiling": plain(self.ceiling),
             "method": self.method,
             "reason": self.reason,
-            "extra": _plain(self.extra),
+            "extra": plain(self.extra),
         }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NumPy scalars and arrays, mappings and sequences as what `json.dumps(allow_nan=False)` takes."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, bool | int | float | str):

@@ -100,7 +100,7 @@ def frequency_group_estimates(
 
     fixed = "" if thresholds is None else "thresholds chosen on validation and held fixed"
     table = PerLabel(statistic, y, studies, keys, METRICS, fixed=fixed, resamples=resamples, seed=seed)
-    share = table.positives / np.maximum(table.positives + table.negatives, 1)
+    share = table.prevalence
     group_of = [frequency_group(float(f), head=head, tail=tail) for f in (share if frequency is None else frequency)]
     if len(group_of) != len(keys):
         raise ValueError(f"Expected a frequency for each of {len(keys)} labels, but got {len(group_of)}.")

@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from medvlm_harness.data.chexpert import CHEXPERT_14
-from medvlm_harness.data.labels import mesh_labels
+from medvlm_harness.data.labels import coded_terms, mesh_labels
 from medvlm_harness.metrics._texts import words
 from medvlm_harness.metrics.bootstrap import bootstrap_columns
 from medvlm_harness.metrics.estimate import Estimate
@@ -33,9 +33,11 @@ from medvlm_harness.metrics.matches import (
 from medvlm_harness.metrics.radgraph import Entities
 
 __all__ = [
+    "coded_finding_labels",
     "coded_findings",
     "described_findings",
     "entity_phrases",
+    "finding_names",
     "mesh_f1_estimates",
     "mesh_findings_version",
     "mesh_label_estimates",
@@ -125,15 +127,31 @@ def coded_findings(terms: Sequence[str]) -> frozenset[str] | None:
     >>> sorted(coded_findings(["Cardiomegaly/mild", "Aorta/tortuous", "Lung/hypoinflation"]) or ())
     ['enlarged heart', 'low lung volumes', 'tortuous aorta']
     """
-    if mesh_labels(terms) is None:
+    split = coded_terms(terms)
+    if split is None:
         return None
-    split = [[" ".join(part.lower().split()) for part in term.split("/")] for term in terms]
     return frozenset(
         finding.name
         for finding in _vocabulary().findings
         for head, *qualifiers in split
         if any(code[0] == head and set(code[1:]) <= set(qualifiers) for code in finding.codes)
     )
+
+
+def coded_finding_labels(terms: Sequence[str]) -> dict[str, int | None] | None:
+    """Every finding of mesh_findings.yaml as a label: 1 where the coders gave it, else 0; None where nobody coded.
+
+    >>> labels = coded_finding_labels(["Hernia, Hiatal/large"])
+    >>> labels["hernia"], labels["emphysema"], coded_finding_labels(["No Indexing"])
+    (1, 0, None)
+    """
+    found = coded_findings(terms)
+    return None if found is None else {name: int(name in found) for name in finding_names()}
+
+
+def finding_names() -> tuple[str, ...]:
+    """The findings of mesh_findings.yaml, in its order."""
+    return tuple(finding.name for finding in _vocabulary().findings)
 
 
 def described_findings(phrases: Iterable[str]) -> frozenset[str]:

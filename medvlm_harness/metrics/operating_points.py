@@ -192,7 +192,7 @@ def operating_point_estimates(
 
     fixed = "thresholds chosen on validation and held fixed"
     table = PerLabel(statistic, y, studies, keys, METRICS, fixed=fixed, resamples=resamples, seed=seed)
-    share = table.positives / np.maximum(table.positives + table.negatives, 1)
+    share = table.prevalence
     floors = {"f1": 2 * share / (1 + share), "ppv": share, "npv": 1 - share}
     estimates = {
         f"{metric}_at_{point}": table.macro(

@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medvlm_harness.metrics._arrays import row_means
-from medvlm_harness.metrics.bootstrap import Weights, percentile_interval, resample, standard_error
+from medvlm_harness.metrics.bootstrap import Weights, percentile_interval, resample, standard_error, wilson_at_end
 from medvlm_harness.metrics.estimate import Estimate
 
 __all__ = ["PerLabel", "checked_labels"]
 
 Floats = NDArray[np.float64]
-Z_975 = 1.959964
 
 
 def checked_labels(y_true: ArrayLike, studies: ArrayLike, keys: Sequence[str], *others: ArrayLike) -> list[Floats]:
@@ -68,6 +67,7 @@ class PerLabel:
     ) -> None:
         self.keys, self.metrics = tuple(keys), tuple(metrics)
         self.positives, self.negatives = (y_true == 1).sum(axis=0), (y_true == 0).sum(axis=0)
+        self.prevalence = self.positives / np.maximum(self.positives + self.negatives, 1)
         self.rows = len(y_true)
         if self.rows:
             self.values = statistic(np.ones((1, self.rows)))[0]
@@ -114,11 +114,8 @@ class PerLabel:
         few = min(positives, negatives) < minimum
         note = f"fewer than {minimum} positives or negatives: left out of macros" if few else None
         if trials and value in (0, 1):
-            # Wilson's interval of none or all of the trials.
-            reach = Z_975**2 / (trials + Z_975**2)
-            ends = (0.0, reach) if value == 0 else (1 - reach, 1.0)
+            stderr, ends = wilson_at_end(value, trials)
             method = f"Wilson over {trials} studies, since all resamples agree{self.fixed}"
-            stderr = reach / (2 * Z_975)
             return Estimate(value, stderr, ends, n, positives, floor, ceiling, method, note, dict(extra or {}))
         samples = self.samples[:, row, label]
         return self._estimate(value, samples, n, positives, floor, ceiling, note, recentred, extra or {})
@@ -144,12 +141,15 @@ class PerLabel:
             recentred: for distances, see `_estimate`.
         """
         row = self.metrics.index(metric)
-        enough = (np.minimum(self.positives, self.negatives) >= minimum) & ~np.isnan(self.values[row])
+        supported = np.minimum(self.positives, self.negatives) >= minimum
+        enough = supported & ~np.isnan(self.values[row])
         used = [j for j in labels if enough[j]]
         left_out = {self.keys[j]: int(self.positives[j]) for j in labels if not enough[j]}
         named = {"labels": [self.keys[j] for j in used], "left_out_positives": left_out}
         if not used:
-            reason = f"no label has a value and {minimum} positives and negatives"
+            any_support = supported[list(labels)].any()
+            reason = f"no label {'with' if any_support else 'has'} {minimum} positives and negatives"
+            reason += " has a value" if any_support else ""
             return Estimate(np.nan, np.nan, (np.nan, np.nan), self.rows, reason=reason, extra=named)
         floor = None if floors is None else float(np.asarray(floors)[used].mean())
         value, samples = float(self.values[row, used].mean()), row_means(self.samples[:, row, used])
@@ -162,6 +162,13 @@ class PerLabel:
         n = int((self.positives + self.negatives)[[label, other]].sum())
         samples = self.samples[:, row, label] - self.samples[:, row, other]
         return self._estimate(value, samples, n, None, 0.0, None, None, False, extra)
+
+    def mean_difference(self, pairs: Sequence[tuple[str, int, int]], *, extra: Mapping[str, Any]) -> Estimate:
+        """The mean of several such differences, each a metric, a label and another; undefined ones take no part."""
+        places = [(self.metrics.index(metric), label, other) for metric, label, other in pairs]
+        value = float(np.mean([self.values[row, label] - self.values[row, other] for row, label, other in places]))
+        samples = np.stack([self.samples[:, row, a] - self.samples[:, row, b] for row, a, b in places], axis=1)
+        return self._estimate(value, row_means(samples), self.rows, None, 0.0, None, None, False, extra)
 
     def _estimate(
         self,

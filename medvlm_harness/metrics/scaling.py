@@ -13,11 +13,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import expit, logsumexp, softmax
 
 from medvlm_harness.metrics.per_label import checked_labels
 
-__all__ = ["MINIMUM_SUPPORT", "Method", "Scaling", "fit_scaling", "scaled"]
+__all__ = [
+    "MINIMUM_SUPPORT",
+    "Method",
+    "Scaling",
+    "fit_scaling",
+    "fit_softmax_temperature",
+    "scaled",
+    "softmax_scaled",
+]
 
 Method = Literal["temperature", "platt"]
 Floats = NDArray[np.float64]
@@ -84,6 +92,64 @@ def scaled(logit: ArrayLike, scalings: Sequence[Scaling]) -> Floats:
         raise ValueError(f"Expected logits of shape (n, {len(scalings)}), but got {z.shape}.")
     probability: Floats = expit(z * [one.slope for one in scalings] + [one.offset for one in scalings])
     return probability
+
+
+def fit_softmax_temperature(y_true: ArrayLike, y_prob: ArrayLike) -> Scaling:
+    """The temperature of exclusive options, one for all, from validation items.
+
+    Needs 20 items of each of two options; `positives` are the items whose most probable option is right.
+
+    Args:
+        y_true: one-hot, shape (n, options).
+        y_prob: rows that sum to 1, shape (n, options).
+
+    Source: Guo et al. 2017, arXiv 1706.04599.
+    """
+    y, z = _log_odds_scale(y_true, y_prob)
+    right = int(y[np.arange(len(y)), z.argmax(axis=1)].sum()) if len(y) else 0
+    frequent = sorted(y.sum(axis=0).astype(int).tolist(), reverse=True)[1]
+
+    def undefined(reason: str) -> Scaling:
+        return Scaling(None, np.nan, np.nan, len(y), right, reason)
+
+    if frequent < MINIMUM_SUPPORT:
+        return undefined(f"validation has not {MINIMUM_SUPPORT} items of each of two options")
+    if right == len(y):
+        return undefined("all validation answers are right: no temperature is too low")
+    unit = z.std()
+    if unit == 0:
+        return undefined("all options are equally probable on validation")
+    z, of_truth = z / unit, (y * z).sum(axis=1) / unit
+
+    def loss(w: Floats) -> tuple[float, Floats]:
+        """Mean negative log-likelihood, and its gradient."""
+        expected = (softmax(w[0] * z, axis=1) * z).sum(axis=1)
+        value = float(np.mean(logsumexp(w[0] * z, axis=1) - w[0] * of_truth))
+        return value, np.array([np.mean(expected - of_truth)])
+
+    found = minimize(loss, np.zeros(1), jac=True, method="BFGS", options={"gtol": 1e-9})
+    if np.abs(found.jac).max() > 1e-6:
+        return undefined(f"the fit did not converge ({found.message})")
+    slope = float(found.x[0] / unit)
+    if slope <= 0:
+        return undefined("more probable validation options are not more often right: the slope would not be above 0")
+    return Scaling("temperature", slope, 0.0, len(y), right)
+
+
+def softmax_scaled(y_prob: ArrayLike, scaling: Scaling) -> Floats:
+    """Probabilities of exclusive options (n, options) after their temperature; NaN without a fit."""
+    _, z = _log_odds_scale(y_prob, y_prob)
+    probability: Floats = softmax(scaling.slope * z, axis=1)
+    return probability
+
+
+def _log_odds_scale(y_true: ArrayLike, y_prob: ArrayLike) -> tuple[Floats, Floats]:
+    """Truth, and log probabilities less their mean, which softmax does not see; 0 counts as 1e-12."""
+    y, p = np.asarray(y_true, dtype=np.float64), np.asarray(y_prob, dtype=np.float64)
+    if y.ndim != 2 or y.shape != p.shape or y.shape[1] < 2:
+        raise ValueError(f"Expected arrays of one shape (n, options), two or more, but got {y.shape} and {p.shape}.")
+    z = np.log(np.clip(p, 1e-12, 1))
+    return y, z - z.mean(axis=1, keepdims=True)
 
 
 def _fit(y: Floats, z: Floats, method: Method) -> tuple[tuple[float, float] | None, str | None]:

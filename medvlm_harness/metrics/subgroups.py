@@ -7,7 +7,7 @@ elsewhere gives it away by subtraction: do not print totals beside.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,20 @@ from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.per_label import PerLabel, checked_labels
 from medvlm_harness.metrics.ranking import WeightedRanking
 
-__all__ = ["GAPS", "MINIMUM_SUPPORT", "SMALLEST_SHOWN", "Subgroup", "Subgroups", "subgroup_estimates", "underdiagnosis"]
+__all__ = [
+    "GAPS",
+    "MINIMUM_SUPPORT",
+    "SMALLEST_SHOWN",
+    "LabelSubgroups",
+    "Subgroup",
+    "Subgroups",
+    "label_subgroup_estimates",
+    "subgroup_estimates",
+    "underdiagnosis",
+]
 
+Floats = NDArray[np.float64]
+Pair = tuple[str, int, int]  # a rate, and the columns of its highest and lowest value
 MINIMUM_SUPPORT = 20  # positives, and negatives, that a subgroup needs
 SMALLEST_SHOWN = 10  # counts from 1 to below this could point at a person
 RATES = ("auroc", "fpr", "fnr")
@@ -59,6 +71,13 @@ class Subgroups(NamedTuple):
     gaps: dict[str, Estimate]
 
 
+class LabelSubgroups(NamedTuple):
+    """The subgroups of one attribute for each label, and the means of the gaps over labels, by `GAPS`."""
+
+    labels: dict[str, Subgroups]
+    gaps: dict[str, Estimate]
+
+
 def subgroup_estimates(
     y_true: ArrayLike,
     score: ArrayLike,
@@ -69,53 +88,76 @@ def subgroup_estimates(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Subgroups:
-    """AUROC, false positive and false negative rate per subgroup, and how far apart the subgroups are.
+    """`label_subgroup_estimates` of one label: truth and scores of shape (n,), and its threshold."""
+    if np.isnan(threshold):
+        raise ValueError("Expected a threshold, but got NaN.")
+    y, s = (np.asarray(one, dtype=np.float64).reshape(-1, 1) for one in (y_true, score))
+    found = label_subgroup_estimates(
+        y, s, groups, studies, keys=["label"], thresholds=[threshold], resamples=resamples, seed=seed
+    )
+    return found.labels["label"]
+
+
+def label_subgroup_estimates(
+    y_true: ArrayLike,
+    score: ArrayLike,
+    groups: Sequence[str | None],
+    studies: ArrayLike,
+    *,
+    keys: Sequence[str],
+    thresholds: Sequence[float],
+    reasons: Sequence[str | None] | None = None,
+    averaged: Sequence[str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> LabelSubgroups:
+    """AUROC, false positive and false negative rate per label and subgroup, and how far apart the subgroups are.
 
     A gap is the highest value less the lowest; `between` in its `extra` names the two. In the resamples these two stay
     the same, so that an interval of a gap that is noise reaches below 0. With more than two subgroups it does not know
     that they were picked as the furthest apart. The equalised odds difference is the greater of the gaps of true and of
-    false positive rates.
+    false positive rates. Means are over the labels that have the gap.
 
     Args:
-        y_true: 1, 0, or NaN where unlabelled, shape (n,).
-        score: any real scale, higher means more likely 1, shape (n,).
+        y_true: 1, 0, or NaN where unlabelled, shape (n, labels).
+        score: any real scale, higher means more likely 1, shape (n, labels).
         groups: the value of the attribute, None where it is unknown; these items are left out, (n,).
         studies: the study of each item, (n,).
-        threshold: score from which on an item is called positive, the same for all subgroups, chosen on validation.
+        keys: the labels' names, (labels,).
+        thresholds: score from which on an item is called positive, the same for all subgroups, chosen on validation,
+            (labels,); NaN: none, and then no rates.
+        reasons: why a label has no threshold, (labels,).
+        averaged: the labels that the means are over; None: all.
         resamples: number of resamples.
         seed: the same for all that is to be compared.
 
     Source: Hardt et al. 2016, arXiv 1610.02413; the difference is defined as in fairlearn's equalized_odds_difference.
     """
-    names, y, s = _by_group(y_true, score, groups, studies)
+    y, s = checked_labels(y_true, studies, keys, score)
+    if np.isnan(s[~np.isnan(y)]).any():
+        raise ValueError("Expected scores that are numbers, but got NaN for a labelled item.")
+    names, member = _members(groups, len(y))
+    cells = [_Cell(j, g, np.where(member[:, g], y[:, j], np.nan)) for j in range(len(keys)) for g in range(len(names))]
+    enough = [cell for cell in cells if min(cell.counts) >= MINIMUM_SUPPORT]
+    cuts = np.asarray(thresholds, dtype=np.float64)
+    # What is insufficient is not resampled.
+    table = _table(enough, s, cuts, studies, resamples, seed) if enough else None
     ids = np.asarray(studies)
-    if np.isnan(threshold):
-        raise ValueError("Expected a threshold, but got NaN.")
-    negative, positive = y == 0, y == 1
-    called = (s >= threshold)[:, None]
-    parts = [part.astype(np.float64) for part in (negative & called, negative, positive & ~called, positive)]
-    rankings = [WeightedRanking(y[:, j], s, known=~np.isnan(y[:, j])) for j in range(len(names))]
-
-    def statistic(weights: Weights) -> NDArray[np.float64]:
-        false_alarms, negatives, missed, positives = (weights @ part for part in parts)
-        areas = np.stack([ranking(weights).auroc for ranking in rankings], axis=1)
-        return np.stack([areas, ratio_or_nan(false_alarms, negatives), ratio_or_nan(missed, positives)], axis=1)
-
-    fixed = "threshold held fixed"
-    table = PerLabel(statistic, y, studies, names, RATES, fixed=fixed, resamples=resamples, seed=seed)
-    enough = np.minimum(table.positives, table.negatives) >= MINIMUM_SUPPORT
-    rows = []
-    for j, name in enumerate(names):
-        counts = int(table.positives[j]), int(table.negatives[j])
-        if not enough[j]:
-            rows.append(_insufficient(name, *counts))
-            continue
-        inside = ~np.isnan(y[:, j])
-        auroc = auroc_estimate(y[inside, j], s[inside], ids[inside])
-        fpr = table.single("fpr", j, trials=len(np.unique(ids[negative[:, j]])))
-        fnr = table.single("fnr", j, trials=len(np.unique(ids[positive[:, j]])))
-        rows.append(Subgroup(name, sum(counts), *counts, auroc, fpr, fnr))
-    return Subgroups(tuple(rows), _gaps(table, np.flatnonzero(enough)))
+    labels: dict[str, Subgroups] = {}
+    pairs: dict[str, dict[str, Pair]] = {}
+    for j, key in enumerate(keys):
+        why = reasons[j] if reasons else None
+        columns = {names[cell.group]: place for place, cell in enumerate(enough) if cell.label == j}
+        rows = []
+        for cell in cells[j * len(names) : (j + 1) * len(names)]:
+            name = names[cell.group]
+            if table is not None and name in columns:
+                rows.append(_sufficient(table, columns[name], name, cell, s[:, j], ids, why))
+            else:
+                rows.append(_insufficient(name, *cell.counts))
+        pairs[key] = {} if table is None or len(columns) < 2 else _pairs(table, list(columns.values()))
+        labels[key] = Subgroups(tuple(rows), _gaps(table, pairs[key], columns, why))
+    return LabelSubgroups(labels, _mean_gaps(table, {key: pairs[key] for key in averaged or keys}, len(y)))
 
 
 def underdiagnosis(
@@ -133,7 +175,7 @@ def underdiagnosis(
     Args:
         no_finding: 1 where there is no finding, 0 where there is one, NaN where it is unknown, shape (n,).
         score: of No Finding, shape (n,).
-        groups: see `subgroup_estimates`, as all others.
+        groups: see `label_subgroup_estimates`, as all others.
         studies: the study of each item, (n,).
         threshold: of No Finding.
         resamples: number of resamples.
@@ -146,21 +188,94 @@ def underdiagnosis(
     return {**rates, "underdiagnosis_gap": found.gaps["fpr_gap"]}
 
 
-def _gaps(table: PerLabel, enough: NDArray[np.intp]) -> dict[str, Estimate]:
-    if len(enough) < 2:
-        support = f"{MINIMUM_SUPPORT} positives and {MINIMUM_SUPPORT} negatives"
-        nothing = Estimate.undefined(f"insufficient: {len(enough)} subgroup(s) with {support}, 2 are needed", n=0)
-        return dict.fromkeys(GAPS, nothing)
-    gaps = {}
+@dataclass(frozen=True)
+class _Cell:
+    """One label in one subgroup; truth is NaN outside of it, (n,)."""
+
+    label: int
+    group: int
+    truth: Floats
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Positives and negatives."""
+        return int((self.truth == 1).sum()), int((self.truth == 0).sum())
+
+
+def _table(cells: Sequence[_Cell], s: Floats, cuts: Floats, studies: ArrayLike, resamples: int, seed: int) -> PerLabel:
+    """The rates of each cell."""
+    truth = np.stack([cell.truth for cell in cells], axis=1)
+    of_label = [cell.label for cell in cells]
+    called, usable = s[:, of_label] >= cuts[of_label], ~np.isnan(cuts[of_label])
+    negative, positive = (truth == 0) & usable, (truth == 1) & usable
+    parts = [part.astype(np.float64) for part in (negative & called, negative, positive & ~called, positive)]
+    rankings = [WeightedRanking(cell.truth, s[:, cell.label], known=~np.isnan(cell.truth)) for cell in cells]
+
+    def statistic(weights: Weights) -> Floats:
+        false_alarms, negatives, missed, positives = (weights @ part for part in parts)
+        areas = np.stack([ranking(weights).auroc for ranking in rankings], axis=1)
+        return np.stack([areas, ratio_or_nan(false_alarms, negatives), ratio_or_nan(missed, positives)], axis=1)
+
+    names = [f"{cell.label} {cell.group}" for cell in cells]
+    fixed = "threshold held fixed"
+    return PerLabel(statistic, truth, studies, names, RATES, fixed=fixed, resamples=resamples, seed=seed)
+
+
+def _sufficient(
+    table: PerLabel, column: int, name: str, cell: _Cell, s: Floats, ids: NDArray[np.generic], why: str | None
+) -> Subgroup:
+    positives, negatives = cell.counts
+    inside = ~np.isnan(cell.truth)
+    auroc = auroc_estimate(cell.truth[inside], s[inside], ids[inside])
+    fpr = table.single("fpr", column, why=why, trials=len(np.unique(ids[cell.truth == 0])))
+    fnr = table.single("fnr", column, why=why, trials=len(np.unique(ids[cell.truth == 1])))
+    return Subgroup(name, positives + negatives, positives, negatives, auroc, fpr, fnr)
+
+
+def _pairs(table: PerLabel, columns: Sequence[int]) -> dict[str, Pair]:
+    """Gap -> the rate, and the columns with its highest and its lowest value; without those that have no rates."""
+    pairs: dict[str, Pair] = {}
     for row, rate in enumerate(RATES):
-        values = table.values[row, enough]
-        high, low = int(enough[np.argmax(values)]), int(enough[np.argmin(values)])
-        gaps[f"{rate}_gap"] = table.difference(
-            rate, high, low, extra={"between": [table.keys[high], table.keys[low]], "subgroups": len(enough)}
+        values = table.values[row, columns]
+        if not np.isnan(values).any():
+            pairs[f"{rate}_gap"] = rate, columns[int(np.argmax(values))], columns[int(np.argmin(values))]
+    if "fpr_gap" in pairs:
+        # The gap of true positive rates is that of false negative rates.
+        pairs["equalized_odds_difference"] = max(
+            (pairs["fpr_gap"], pairs["fnr_gap"]),
+            key=lambda pair: table.values[RATES.index(pair[0]), pair[1]] - table.values[RATES.index(pair[0]), pair[2]],
         )
-    # The gap of true positive rates is that of false negative rates.
-    larger = max(("fpr_gap", "fnr_gap"), key=lambda name: gaps[name].value)
-    return {**gaps, "equalized_odds_difference": gaps[larger]}
+    return pairs
+
+
+def _gaps(
+    table: PerLabel | None, pairs: Mapping[str, Pair], columns: Mapping[str, int], why: str | None
+) -> dict[str, Estimate]:
+    """The gaps of one label, between its sufficient subgroups."""
+    if table is None or len(columns) < 2:
+        support = f"{MINIMUM_SUPPORT} positives and {MINIMUM_SUPPORT} negatives"
+        nothing = Estimate.undefined(f"insufficient: {len(columns)} subgroup(s) with {support}, 2 are needed", n=0)
+        return dict.fromkeys(GAPS, nothing)
+    names = {column: name for name, column in columns.items()}
+    gaps = dict.fromkeys(GAPS, Estimate.undefined(why or "no threshold", n=0))
+    for gap, (rate, high, low) in pairs.items():
+        extra = {"between": [names[high], names[low]], "subgroups": len(columns)}
+        gaps[gap] = table.difference(rate, high, low, extra=extra)
+    return gaps
+
+
+def _mean_gaps(table: PerLabel | None, pairs: Mapping[str, Mapping[str, Pair]], n: int) -> dict[str, Estimate]:
+    """The means over labels; `labels` in `extra` names them."""
+    means = {}
+    for gap in GAPS:
+        having = {key: its[gap] for key, its in pairs.items() if gap in its}
+        if table is None or not having:
+            support = f"{MINIMUM_SUPPORT} positives and {MINIMUM_SUPPORT} negatives"
+            what = "" if gap == "auroc_gap" else " and a threshold"
+            means[gap] = Estimate.undefined(f"no label has two subgroups of {support}{what}", n=n)
+        else:
+            means[gap] = table.mean_difference(list(having.values()), extra={"labels": list(having)})
+    return means
 
 
 def _insufficient(name: str, positives: int, negatives: int) -> Subgroup:
@@ -174,21 +289,11 @@ def _insufficient(name: str, positives: int, negatives: int) -> Subgroup:
     return Subgroup(name, positives + negatives, positives, negatives, nothing, nothing, nothing)
 
 
-def _by_group(
-    y_true: ArrayLike, score: ArrayLike, groups: Sequence[str | None], studies: ArrayLike
-) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
-    """Names of the subgroups, truth per subgroup with NaN outside of it (n, subgroups), and scores (n,)."""
-    y, s = (one[:, 0] for one in checked_labels(_column(y_true), studies, ["label"], _column(score)))
-    if len(groups) != len(y):
-        raise ValueError(f"Expected a subgroup or None for each of {len(y)} items, but got {len(groups)}.")
-    if np.isnan(s[~np.isnan(y)]).any():
-        raise ValueError("Expected scores that are numbers, but got NaN for a labelled item.")
+def _members(groups: Sequence[str | None], n: int) -> tuple[list[str], NDArray[np.bool_]]:
+    """Names of the subgroups, and which items are in which, (n, subgroups)."""
+    if len(groups) != n:
+        raise ValueError(f"Expected a subgroup or None for each of {n} items, but got {len(groups)}.")
     names = sorted({group for group in groups if group is not None})
     if not names:
         raise ValueError("Expected a subgroup for some item, but all are None.")
-    member = np.array([[group == name for name in names] for group in groups])
-    return names, np.where(member, y[:, None], np.nan), s
-
-
-def _column(values: ArrayLike) -> NDArray[np.float64]:
-    return np.asarray(values, dtype=np.float64).reshape(-1, 1)
+    return names, np.array([[group == name for name in names] for group in groups])

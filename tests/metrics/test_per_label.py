@@ -44,3 +44,18 @@ def test_wrong_input_says_what_was_expected() -> None:
         checked_labels(np.zeros((3, 3)), [1, 2, 3], ["a", "b"])
     with pytest.raises(ValueError, match="only 0, 1 and NaN"):
         checked_labels(np.full((3, 1), 0.5), [1, 2, 3], ["a"])
+
+
+def test_a_mean_of_differences_is_that_of_each_resample() -> None:
+    found = table().mean_difference([("mean", 0, 2), ("mean", 1, 2)], extra={"labels": ["a", "b"]})
+    by_hand = bootstrap_estimate(
+        lambda w: weighted_mean((X[:, 0] + X[:, 1]) / 2 - X[:, 2], w), np.arange(80) // 2, resamples=100, seed=3
+    )
+    assert (found.value, *found.ci95) == pytest.approx((by_hand.value, *by_hand.ci95))
+    assert (found.n, found.extra["labels"]) == (80, ["a", "b"])
+
+
+def test_a_mean_without_labels_says_whether_support_or_values_are_missing() -> None:
+    assert table().macro("mean", [0], minimum=80).reason == "no label has 80 positives and negatives"
+    nothing = PerLabel(lambda w: np.full((len(w), 1, 3), np.nan), Y, np.arange(80), "abc", ["mean"], resamples=5)
+    assert nothing.macro("mean", [0], minimum=1).reason == "no label with 1 positives and negatives has a value"

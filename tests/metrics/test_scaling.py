@@ -6,7 +6,14 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from medvlm_harness.metrics.calibration import expected_calibration_error, noise_floor
-from medvlm_harness.metrics.scaling import MINIMUM_SUPPORT, Method, fit_scaling, scaled
+from medvlm_harness.metrics.scaling import (
+    MINIMUM_SUPPORT,
+    Method,
+    fit_scaling,
+    fit_softmax_temperature,
+    scaled,
+    softmax_scaled,
+)
 
 RNG = np.random.default_rng(7)
 Floats = NDArray[np.float64]
@@ -125,3 +132,54 @@ def test_wrong_input_says_what_was_expected() -> None:
         fit_scaling([[0.0], [2.0]], [[0.0], [1.0]], keys=["a"], method="platt")
     with pytest.raises(ValueError, match=r"shape \(n, 0\)"):
         scaled(np.zeros((3, 1)), [])
+
+
+# --- exclusive options
+
+
+def options(n: int, *, slope: float) -> tuple[Floats, Floats, Floats]:
+    """One-hot outcomes, their probabilities, and those of a model that overstates the log-odds."""
+    z = RNG.normal(size=(n, 3))
+    p, overstated = (np.exp(k * z) / np.exp(k * z).sum(axis=1, keepdims=True) for k in (1, slope))
+    return np.array([RNG.multinomial(1, one) for one in p], dtype=float), p, overstated
+
+
+def test_one_temperature_of_options_minimises_the_likelihood_and_mends_what_is_overstated() -> None:
+    y, p, overstated = options(3000, slope=3)
+    found = fit_softmax_temperature(y, overstated)
+
+    def loss(slope: float) -> float:
+        q = overstated**slope
+        return float(-np.mean(np.log((q * y).sum(axis=1) / q.sum(axis=1))))
+
+    searched = minimize_scalar(loss, bounds=(0.01, 5), method="bounded")
+    assert found.slope == pytest.approx(searched.x, rel=1e-4)
+    assert found.slope == pytest.approx(1 / 3, rel=0.15)
+    after = softmax_scaled(overstated, found)
+    assert after.sum(axis=1) == pytest.approx(1)
+    assert np.abs(after - p).mean() < np.abs(overstated - p).mean() / 5
+    assert (found.n, found.positives) == (3000, int(y[np.arange(3000), p.argmax(axis=1)].sum()))
+
+
+def test_two_options_have_the_temperature_of_one_label() -> None:
+    y, z = drawn(500)
+    p = expit(z)
+    both = fit_softmax_temperature(np.hstack([y, 1 - y]), np.hstack([p, 1 - p]))
+    assert both.slope == pytest.approx(fit_scaling(y, z, keys=["a"], method="temperature")["a"].slope, rel=1e-4)
+
+
+def test_a_temperature_that_cannot_be_found_says_why() -> None:
+    y, p, _ = options(200, slope=1)
+    few = y[:, [1, 0, 2]] * 0 + [1, 0, 0]
+    cases = {
+        "not 20 items of each of two options": (few, p),
+        "all validation answers are right": (y, 0.9 * y + 0.05),
+        "equally probable": (y, np.full_like(p, 1 / 3)),
+        "not more often right": (y, (1.2 - y) / (1.2 - y).sum(axis=1, keepdims=True)),
+    }
+    for reason, (truth, probability) in cases.items():
+        found = fit_softmax_temperature(truth, probability)
+        assert found.fitted is None and reason in str(found.reason)
+        assert np.isnan(softmax_scaled(probability, found)).all()
+    with pytest.raises(ValueError, match="two or more"):
+        fit_softmax_temperature(y[:, :1], p[:, :1])

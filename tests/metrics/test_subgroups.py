@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from medvlm_harness.metrics.auroc_interval import auroc_interval
 from medvlm_harness.metrics.bootstrap import percentile_interval, study_weights
-from medvlm_harness.metrics.subgroups import GAPS, subgroup_estimates, underdiagnosis
+from medvlm_harness.metrics.subgroups import GAPS, label_subgroup_estimates, subgroup_estimates, underdiagnosis
 
 RNG = np.random.default_rng(7)
 Floats = NDArray[np.float64]
@@ -110,6 +110,48 @@ def test_a_subgroup_without_false_alarms_is_not_certain() -> None:
     assert found.groups[0].fpr.value == 0 and found.groups[0].fpr.ci95[1] == pytest.approx(
         1.96**2 / (20 + 1.96**2), abs=1e-4
     )
+
+
+def test_labels_are_those_by_themselves_and_means_are_over_those_that_have_the_gap() -> None:
+    y, s, groups = drawn(400, harm=0.5)
+    rare = np.where(np.arange(400) < 25, 1.0, 0.0)  # in one subgroup or both too few
+    truth, score = np.stack([y, 1 - y, rare, y], axis=1), np.stack([s, -s, s, s], axis=1)
+    found = label_subgroup_estimates(
+        truth,
+        score,
+        groups,
+        np.arange(400),
+        keys=["a", "b", "rare", "apart"],
+        thresholds=[0.7, np.nan, 0.7, 0.2],
+        reasons=[None, "validation has 3 positives", None, None],
+        averaged=["a", "b", "rare"],
+        resamples=30,
+    )
+    for key, place, threshold in (("a", 0, 0.7), ("rare", 2, 0.7), ("apart", 3, 0.2)):
+        alone = subgroup_estimates(
+            truth[:, place], score[:, place], groups, np.arange(400), threshold=threshold, resamples=30
+        )
+        assert [vars(one)["auroc"].to_dict() for one in found.labels[key].groups] == [
+            one.auroc.to_dict() for one in alone.groups
+        ]
+        assert {k: v.to_dict() for k, v in found.labels[key].gaps.items()} == {
+            k: v.to_dict() for k, v in alone.gaps.items()
+        }
+    a, b = found.labels["a"].gaps, found.labels["b"].gaps
+    assert found.gaps["auroc_gap"].value == pytest.approx((a["auroc_gap"].value + b["auroc_gap"].value) / 2)
+    assert found.gaps["auroc_gap"].extra["labels"] == ["a", "b"]
+    # Without a threshold a label has an order, and no rates.
+    assert np.isnan(b["fpr_gap"].value) and b["fpr_gap"].reason == "validation has 3 positives"
+    assert found.gaps["fpr_gap"].value == pytest.approx(a["fpr_gap"].value)
+    assert found.gaps["fpr_gap"].extra["labels"] == ["a"]
+
+
+def test_without_a_label_that_has_two_subgroups_the_mean_is_undefined() -> None:
+    y, s, _ = drawn(60)
+    found = label_subgroup_estimates(
+        y[:, None], s[:, None], ["AP"] * 60, np.arange(60), keys=["a"], thresholds=[0.7], resamples=5
+    )
+    assert all(np.isnan(one.value) and "no label has two" in str(one.reason) for one in found.gaps.values())
 
 
 def test_underdiagnosis_is_the_false_positive_rate_of_no_finding() -> None:
