@@ -31,10 +31,14 @@ __all__ = ["autoload", "install", "is_active", "model_targets", "scope", "tasks_
 
 
 class _Scope:
-    """Which tasks are indexed: lm-eval's own (not under `medvlm run`), and further folders of the user."""
+    """Which tasks are indexed: lm-eval's own (not under `medvlm run`), and further folders of the user.
+
+    Also who is told of a finished run: called with lm-eval's results and its tracker.
+    """
 
     builtin_tasks = True
     include_paths: "tuple[Path, ...]" = ()
+    finished: "Callable[[Any, Any], None] | None" = None
 
 
 scope = _Scope()
@@ -228,14 +232,15 @@ def _write_scores(module: "Any") -> None:
     @wraps(save)
     def with_scores(self: "Any", results: "Any", samples: "Any" = None) -> None:
         ours = self.output_path and getattr(results, "scores", None)
-        if not ours:
-            save(self, results=results, samples=samples)
-            return
-        from medvlm_harness.results.scores import name_folder, write_beside_results
+        if ours:
+            from medvlm_harness.results.scores import name_folder, write_beside_results
 
-        name_folder(self, results)
+            name_folder(self, results)
         save(self, results=results, samples=samples)
-        write_beside_results(self, results, results.scores)
+        if ours:
+            write_beside_results(self, results, ours)
+        if scope.finished is not None:
+            scope.finished(results, self)
 
     tracker.save_results_aggregated = with_scores
 
@@ -266,10 +271,10 @@ def _one_line_errors(module: "Any") -> None:
 def _misspelt(message: str) -> "str | None":
     """What lm-eval's error on an unknown name means if that is nearly one of ours; None if it is not our business."""
     from medvlm_harness.errors import near_matches
-    from medvlm_harness.tracks.declarations import declared_names
+    from medvlm_harness.tracks.declarations import declared_names, declared_tags
 
     for start, what, names in (
-        ("Tasks not found: ", "task", lambda: declared_names(tasks_folder())),
+        ("Tasks not found: ", "task", lambda: (*declared_names(tasks_folder()), *declared_tags(tasks_folder()))),
         ("Attempted to load model '", "model", model_targets),
     ):
         if message.startswith(start):

@@ -29,8 +29,8 @@ def ls(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Load every task; exit status 2 if one does not.")] = False,
 ) -> None:
-    """List tasks and groups."""
-    from medvlm_harness.tracks.declarations import declared_names, summarise
+    """List tasks, groups, and the tags under which several tasks run."""
+    from medvlm_harness.tracks.declarations import declared_names, declared_tags, summarise
 
     folders = [plugin.tasks_folder(), *(include_path or ())]
     names = {name: path for folder in folders for name, path in declared_names(folder).items()}
@@ -40,6 +40,9 @@ def ls(
         summary = summarise(path)
         state = [failures.get(name, "ok")] if check else []
         rows.append([name, summary.kind, summary.dataset, str(path), *state])
+    for folder in folders:
+        rows += [[tag, "tag", ", ".join(tasks), str(folder), *([""] if check else [])]
+                 for tag, tasks in declared_tags(folder).items()]  # fmt: skip
     print_table("Tasks", ["Name", "Track", "Data set", "File", *(["Check"] if check else [])], rows)
     if failures:
         raise UserError(f"{len(failures)} of {len(names)} tasks do not load: {', '.join(sorted(failures))}.")

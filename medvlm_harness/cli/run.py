@@ -13,6 +13,7 @@ import typer
 
 from medvlm_harness import plugin
 from medvlm_harness.cli.output import print_table
+from medvlm_harness.cli.stability import run_variants, variants
 from medvlm_harness.errors import UserError, near_matches
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ def run(
         list[Path] | None, typer.Option("--include-path", "--include_path", help="Folder with task YAML; repeatable.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print forward passes and time, and run nothing.")] = False,
+    seeds: Annotated[
+        str | None, typer.Option(help="0,1,2: run once with each seed, then print how far the numbers spread.")
+    ] = None,
+    prompt_sets: Annotated[
+        str | None,
+        typer.Option("--prompt-sets", "--prompt_sets", help="task,published: likewise, with each value of prompts=."),
+    ] = None,
 ) -> None:
     """Run tasks: the same as `lm_eval run`, with all its options, without indexing lm-eval's own tasks.
 
@@ -50,12 +58,17 @@ def run(
     command = HarnessCLI()
     arguments = _parsed(command)
     _check_names(arguments, with_model=not plan)
+    asked = variants(arguments, seeds, prompt_sets)
     if plan:
         from medvlm_harness.results.plan import plan as plan_run
 
-        _print_plan(plan_run(arguments))
+        if len(asked.arguments) > 1:
+            raise UserError("--plan counts one run: name one seed and one prompt set.")
+        _print_plan(plan_run(asked.arguments[0]))
+    elif len(asked.arguments) > 1:
+        run_variants(command, asked)
     else:
-        command.execute(arguments)
+        command.execute(asked.arguments[0])
     gc.freeze()  # to look among them once more at the end takes as long
 
 
@@ -77,7 +90,8 @@ def _parsed(command: Any) -> Any:
     message = " ".join(printed.getvalue().partition(" error: ")[2].split())
     unknown = message.removeprefix("unrecognized arguments: ")
     known = [option for option in command._subparsers.choices["run"]._option_string_actions if option.startswith("--")]
-    close = near_matches(unknown.split()[0], [*known, "--debug", "--plan"]) if unknown != message else ""
+    known += ["--debug", "--plan", "--seeds", "--prompt-sets"]
+    close = near_matches(unknown.split()[0], known) if unknown != message else ""
     raise UserError(message + (f".{close}" if close.startswith(" Did") else ""))
 
 
@@ -85,10 +99,10 @@ def _check_names(arguments: Any, *, with_model: bool) -> None:
     """Refuse unknown task and model names with near matches, before anything is loaded."""
     from fnmatch import fnmatch
 
-    from medvlm_harness.tracks.declarations import check_file, declared_names
+    from medvlm_harness.tracks.declarations import check_file, declared_names, declared_tags
 
     folders = [plugin.tasks_folder(), *plugin.scope.include_paths]
-    known = {name for folder in folders for name in declared_names(folder)}
+    known = {name for folder in folders for name in (*declared_names(folder), *declared_tags(folder))}
     asked = [name for part in arguments.tasks or [] for name in str(part).split(",") if name]
     if arguments.config is not None and not Path(arguments.config).is_file():
         raise UserError(f"Expected --config to be a YAML file, but {arguments.config} is not one.")

@@ -14,7 +14,7 @@ from lm_eval.utils import handle_non_serializable, sanitize_model_name
 
 from medvlm_harness.errors import UserError
 
-__all__ = ["SCHEMA", "name_folder", "write_beside_results", "write_scores"]
+__all__ = ["SCHEMA", "name_folder", "results_file", "write_beside_results", "write_scores"]
 
 SCHEMA = pa.schema(
     [
@@ -55,6 +55,16 @@ def name_folder(tracker: Any, results: Mapping[str, Any]) -> None:
         config.model_name_sanitized = sanitize_model_name(card["name"])
 
 
+def results_file(tracker: Any) -> Path:
+    """Where lm-eval writes its results: a file that is not there where it could not."""
+    # The tracker sets its date when it writes; without one it failed before.
+    output, date = Path(tracker.output_path), getattr(tracker, "date_id", None)
+    if output.suffix == ".json":
+        return output.with_name(f"{output.stem}_{date}.json")
+    folder: Path = output / tracker.general_config_tracker.model_name_sanitized
+    return folder / f"results_{date}.json"
+
+
 def write_beside_results(tracker: Any, results: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> Path:
     """Write `run_<date>/scores.parquet` beside lm-eval's `results_<date>.json`: a later run never overwrites it.
 
@@ -62,18 +72,12 @@ def write_beside_results(tracker: Any, results: Mapping[str, Any], records: Sequ
         UserError: if lm-eval could not write its results there, which it says only in its log. They are then kept in a
             temporary folder: a run may have taken days.
     """
-    # The tracker sets its date when it writes; without one it failed before.
-    output, date = Path(tracker.output_path), getattr(tracker, "date_id", None)
-    if output.suffix == ".json":
-        folder, written = output.parent, output.with_name(f"{output.stem}_{date}.json")
-    else:
-        folder = output / tracker.general_config_tracker.model_name_sanitized
-        written = folder / f"results_{date}.json"
+    written = results_file(tracker)
     if not written.is_file():
         kept = Path(tempfile.mkdtemp(prefix="medvlm-results-"))
         (kept / "results.json").write_text(json.dumps(results, default=handle_non_serializable), encoding="utf-8")
         write_scores(kept / "scores.parquet", records)
         raise UserError(f"The results could not be written to {written}: is the folder writable? They are in {kept}.")
-    path = folder / f"run_{date}" / "scores.parquet"
+    path = written.parent / f"run_{tracker.date_id}" / "scores.parquet"
     write_scores(path, records)
     return path
