@@ -92,9 +92,14 @@ class Case:
     seed: int = 0
 
     @property
+    def group(self) -> str:
+        """The corruption's name."""
+        return self.corruption.name
+
+    @property
     def name(self) -> str:
-        """As in metric names."""
-        return f"{self.corruption.name}_{self.severity}"
+        """As in metric names; without the severity where there is but one."""
+        return self.group if len(self.corruption.levels) == 1 else f"{self.group}_{self.severity}"
 
     @property
     def identity(self) -> str:

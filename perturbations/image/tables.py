@@ -167,7 +167,7 @@ def find_corruption(name: str, modality: str) -> Corruption:
     raise UserError(f"Unknown corruption {name!r} of modality {modality}.{near_matches(name, of_modality)}")
 
 
-def find_suite(name: str, modality: str) -> tuple[Case, ...]:
+def find_suite(name: str, modality: str, *, seed: int = 0) -> tuple[Case, ...]:
     """The cases of a suite: `quick` (5 corruptions, severities 1, 3, 5) or `full` (all but controls, every severity).
 
     Raises:
@@ -178,5 +178,5 @@ def find_suite(name: str, modality: str) -> tuple[Case, ...]:
         raise UserError(f"Unknown suite {name!r} of image corruptions.{near_matches(name, SUITES)}")
     if name == "quick":
         chosen = [find_corruption(entry, modality) for entry in _QUICK[modality]]
-        return tuple(Case(corruption, severity) for corruption in chosen for severity in QUICK_SEVERITIES)
-    return tuple(Case(item, severity) for item in corruptions if not item.control for severity in item.severities)
+        return tuple(Case(corruption, severity, seed) for corruption in chosen for severity in QUICK_SEVERITIES)
+    return tuple(Case(item, severity, seed) for item in corruptions if not item.control for severity in item.severities)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from medvlm_harness.errors import UserError, near_matches
-from medvlm_harness.perturbations.text.base import PerturbedText, TextPerturbation, perturb_text
+from medvlm_harness.perturbations.text.base import PerturbedText, TextCase, TextPerturbation, perturb_text
 from medvlm_harness.perturbations.text.layout import CASE, PUNCTUATION, SECTION_ORDER, SENTENCE_ORDER, SPACING
 from medvlm_harness.perturbations.text.paraphrase import PARAPHRASE, paraphrases, prompt_variants
 from medvlm_harness.perturbations.text.polarity import POLARITY_FLIP, flip_label, flip_question
@@ -18,6 +18,7 @@ from medvlm_harness.perturbations.text.words import (
 __all__ = [
     "TEXT_PERTURBATIONS",
     "PerturbedText",
+    "TextCase",
     "TextPerturbation",
     "find_text_perturbation",
     "flip_label",

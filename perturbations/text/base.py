@@ -13,7 +13,7 @@ from medvlm_harness.errors import UserError
 from medvlm_harness.perturbations.text.guard import Edit, edited, kept, labeler_version
 from medvlm_harness.perturbations.text.terms import terms_version
 
-__all__ = ["Level", "PerturbedText", "TextPerturbation", "perturb_text"]
+__all__ = ["Level", "PerturbedText", "TextCase", "TextPerturbation", "perturb_text"]
 
 Level = float | str
 
@@ -47,6 +47,34 @@ class TextPerturbation:
         """Everything beside the text that decides the result, for the store's key: words, code and labeler too."""
         _level(self, severity)
         return f"text:{self.name}:{severity}:{seed}@{terms_version()}:{labeler_version()}"
+
+
+@dataclass(frozen=True, slots=True)
+class TextCase:
+    """A perturbation at one severity."""
+
+    perturbation: TextPerturbation
+    severity: int
+    seed: int = 0
+
+    @property
+    def group(self) -> str:
+        """The perturbation's name."""
+        return self.perturbation.name
+
+    @property
+    def name(self) -> str:
+        """As in metric names; without the severity where there is but one."""
+        return self.group if len(self.perturbation.levels) == 1 else f"{self.group}_{self.severity}"
+
+    @property
+    def identity(self) -> str:
+        """All that decides the result beside the text."""
+        return self.perturbation.identity(self.severity, seed=self.seed)
+
+    def __call__(self, text: str) -> PerturbedText:
+        """The perturbed text; see `perturb_text`."""
+        return perturb_text(text, self.perturbation, self.severity, seed=self.seed)
 
 
 def perturb_text(text: str, perturbation: TextPerturbation, severity: int, *, seed: int = 0) -> PerturbedText:
