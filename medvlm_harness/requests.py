@@ -98,16 +98,9 @@ class ImageRef(str):
     def __reduce__(self) -> tuple[type[ImageRef], tuple[str, Path, ImagePerturbation | None]]:
         return ImageRef, (self.file_sha256, self.path, self.perturbation)
 
-    def open(self) -> Image:
-        """The picture as a model is to see it: mode L or RGB, 8 bits per channel.
-
-        Raises:
-            UnreadableImage: if the file is missing, damaged, or not the one of its hash.
-        """
-        from medvlm_harness.data.images import open_image
-
-        image = open_image(self.path, expected_sha256=self.file_sha256)
-        return image if self.perturbation is None else self.perturbation(image, key=self.file_sha256)
+    def perturbed(self, perturbation: ImagePerturbation) -> ImageRef:
+        """The same file, to be seen changed."""
+        return ImageRef(self.file_sha256, self.path, perturbation)
 
 
 class TextRef(str):

@@ -119,7 +119,8 @@ class BaselineBackend(MedicalLM):
             probability = self._noise(f"{argument}{label_set}").random(len(label_set.labels))
         elif self.kind == "oracle":
             # Of an image that is not the document's own, such as another patient's, it knows nothing.
-            seen = not isinstance(argument, ImageRef) or argument == request.doc.get("image", argument)
+            own = request.doc.get("image")
+            seen = not isinstance(argument, ImageRef) or own in (None, argument.file_sha256)
             target = [float(value) if seen and value is not None else 0.5 for value in request.doc["target"]]
             probability = np.clip(target, 1e-6, 1 - 1e-6)
         else:
@@ -167,7 +168,7 @@ def _belongs_to(argument: str, doc: Mapping[str, Any]) -> dict[str, float]:
     """
     if "counterparts" in doc:
         own = doc["image"] if isinstance(argument, ImageRef) else doc["texts"]["findings"]
-        return dict(doc["counterparts"]) if str(argument) == own else {}
+        return dict(doc["counterparts"]) if getattr(argument, "file_sha256", str(argument)) == own else {}
     if isinstance(argument, ImageRef):
         weights = Counter([doc["texts"]["report"], *doc["texts"].values()])
         return {key: float(weight) for key, weight in weights.items()}

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from PIL.Image import Image
 
+from medvlm_harness.data.images import open_reference
 from medvlm_harness.requests import ImageRef
 
 __all__ = ["prepared"]
@@ -30,7 +31,7 @@ def prepared(
     """
 
     def prepare(ref: ImageRef) -> torch.Tensor:
-        return preprocess(ref.open())
+        return preprocess(open_reference(ref))
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         waiting: deque[tuple[Sequence[ImageRef], list[Future[torch.Tensor]]]] = deque()

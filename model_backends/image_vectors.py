@@ -135,9 +135,9 @@ class ImageVectors(TorchBackend):
     def _encode_new_images(self, images: Sequence[ImageRef]) -> None:
         new = [image for image in images if image not in self._image_vectors]
         for perturbation, of_file in _by_perturbation(new).items():
-            self._encode_under(of_file, self.space("embed:image", perturbation=perturbation))
+            self._encode_alike(of_file, self.space("embed:image", perturbation=perturbation))
 
-    def _encode_under(self, of_file: Mapping[str, ImageRef], space: Space | None) -> None:
+    def _encode_alike(self, of_file: Mapping[str, ImageRef], space: Space | None) -> None:
         """The vectors of images under one perturbation, by the hashes of their files."""
         stored = self.recall(space, of_file, Embedding.from_bytes)
         self._image_vectors.update({of_file[key]: embedding.vector for key, embedding in stored.items()})

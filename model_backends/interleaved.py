@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from PIL.Image import Image
 
+from medvlm_harness.data.images import open_reference
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.decoder import Decoding
 from medvlm_harness.model_backends.sequences import Prompt
@@ -141,7 +142,7 @@ class InterleavedBackend(VisionLanguageBackend):
         refs = [ref for prompt in prompts for ref in prompt.images]
         if not refs:
             return {}
-        decoded = {ref: self.pixels(ref.open()) for ref in dict.fromkeys(refs)}
+        decoded = {ref: self.pixels(open_reference(ref)) for ref in dict.fromkeys(refs)}
         return {"pixel_values": torch.stack([decoded[ref] for ref in refs]).to(self.device, self.dtype)}
 
     def _generations(self, requests: Sequence[Instance], decoding: Decoding) -> list[Generation]:

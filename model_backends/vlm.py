@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from medvlm_harness.data.images import open_reference
 from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.catalogue import backend_card
@@ -244,4 +245,4 @@ class _PreparedOnce:
 @lru_cache(maxsize=16)
 def decoded(image: ImageRef) -> Image.Image:
     """An image as RGB; the last few are kept, which all questions about an image ask for."""
-    return image.open().convert("RGB")
+    return open_reference(image).convert("RGB")

@@ -5,13 +5,16 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from medvlm_harness.data.images import open_image, open_reference
 from medvlm_harness.errors import UserError
+from medvlm_harness.perturbations.image import Case, corruptions_of, find_corruption
 from medvlm_harness.requests import (
     Embedding,
     Generation,
@@ -51,6 +54,43 @@ def test_references_survive_pickling_and_hold_nothing_else(ref: Any) -> None:
     assert getattr(copy, "path", None) == getattr(ref, "path", None)
     assert getattr(copy, "text", None) == getattr(ref, "text", None)
     assert len(pickle.dumps(ref)) < 250
+
+
+def test_a_perturbed_image_is_another_one_of_the_same_file(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    path = write_image(tmp_path / "a.png", size=(40, 32))
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    cases = [
+        Case(find_corruption(name, "chest"), severity, seed)
+        for name, severity, seed in (("gaussian_noise", 1, 0), ("gaussian_noise", 2, 0), ("gaussian_noise", 1, 1))
+    ]
+    clean, refs = ImageRef(sha, path), [ImageRef(sha, path, case) for case in cases]
+    assert clean == sha and clean.perturbation is None
+    assert len({str(clean), *map(str, refs)}) == 4
+    assert {ref.file_sha256 for ref in (clean, *refs)} == {sha}
+    assert json.dumps([refs[0]]) == json.dumps([str(refs[0])]) and len(refs[0]) == 64
+    picture = open_image(path)
+    assert open_reference(clean).tobytes() == picture.tobytes()
+    pixels = [open_reference(ref).tobytes() for ref in refs]
+    assert pixels == [case(picture, key=sha).tobytes() for case in cases]
+    assert len({picture.tobytes(), *pixels}) == 4
+    path.write_bytes(write_image(tmp_path / "b.png", seed=1).read_bytes())
+    with pytest.raises(UserError, match="changed since it was prepared"):
+        open_reference(refs[0])
+
+
+def test_a_perturbed_image_is_the_same_in_another_process(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    path = write_image(tmp_path / "a.png", size=(40, 32))
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    refs = [ImageRef(sha, path, Case(corruption, corruption.severities[-1])) for corruption in corruptions_of("chest")]
+    code = (
+        "import hashlib, pickle, sys\n"
+        "from medvlm_harness.data.images import open_reference\n"
+        "for ref in pickle.load(sys.stdin.buffer):\n"
+        "    print(ref, hashlib.sha256(open_reference(ref).tobytes()).hexdigest())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(refs), capture_output=True, check=True)
+    here = [f"{ref} {hashlib.sha256(open_reference(ref).tobytes()).hexdigest()}" for ref in refs]
+    assert done.stdout.decode().splitlines() == here
 
 
 # --- responses

@@ -7,13 +7,25 @@ import struct
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from medvlm_harness.errors import UserError
 
-__all__ = ["MAX_PIXELS", "ImageInfo", "UnreadableImage", "inspect_image", "open_image", "resolve_inside"]
+if TYPE_CHECKING:
+    from medvlm_harness.requests import ImageRef
+
+__all__ = [
+    "MAX_PIXELS",
+    "ImageInfo",
+    "UnreadableImage",
+    "inspect_image",
+    "open_image",
+    "open_reference",
+    "resolve_inside",
+]
 
 MAX_PIXELS = 50_000_000
 """A radiograph at full resolution has about 15 million; a 79 kB PNG can claim 81 million."""
@@ -61,6 +73,16 @@ def open_image(path: Path, *, expected_sha256: str | None = None) -> Image.Image
     if expected_sha256 is not None and hashlib.sha256(payload).hexdigest() != expected_sha256:
         raise UnreadableImage(f"{path} changed since it was prepared: run `medvlm data prepare` again.")
     return _eight_bit(_decode(payload, path))
+
+
+def open_reference(ref: ImageRef) -> Image.Image:
+    """The picture as a model is to see it: mode L or RGB, 8 bits per channel, perturbed if that is asked.
+
+    Raises:
+        UnreadableImage: as `open_image`.
+    """
+    image = open_image(ref.path, expected_sha256=ref.file_sha256)
+    return image if ref.perturbation is None else ref.perturbation(image, key=ref.file_sha256)
 
 
 def inspect_image(path: Path) -> ImageInfo:

@@ -143,7 +143,8 @@ def unsupported_reason(lm: Any, task: Any) -> str | None:
     else:
         missing = needs - (capabilities - lacks.keys())
     if not missing:
-        return _lacks_floor(name, lm, task) or _refused_labels(name, lm, task)
+        refused = task.refuses(lm) if getattr(task, "is_medvlm", False) else None
+        return refused or _lacks_floor(name, lm, task) or _refused_labels(name, lm, task)
     reasons = "".join(f": {lacks[need]}" for need in sorted(missing) if need in lacks)
     return f"{name} cannot {' and '.join(map(_in_words, sorted(missing)))}{reasons}"
 
@@ -192,11 +193,10 @@ def _check(task: Any, lm: Any) -> dict[str, Any]:
     allowed = bool(task.runtime.get("allow_contaminated", False))
     refuse_contaminated(task.task_name, task.splits, seen, model=getattr(card, "name", "the model"), allowed=allowed)
     contaminated = sorted(seen.intersection(task.splits))
-    return {
-        "trained_on": list(trained_on),
-        "splits_seen": sorted(seen),
-        "note": f"scored on {', '.join(contaminated)}, which it was trained on" if contaminated else None,
-    }
+    notes = [f"scored on {', '.join(contaminated)}, which it was trained on"] if contaminated else []
+    if getattr(task, "fits_on", None) in seen and any(task.fitting_counts().values()):
+        notes.append(f"what was fitted on {task.fits_on} is optimistic, for it was trained on that split too")
+    return {"trained_on": list(trained_on), "splits_seen": sorted(seen), "note": "; ".join(notes) or None}
 
 
 def _details(task: Any, contamination: Mapping[str, Any], remote: str | None) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from medvlm_harness.results.markdown import interval_cell, markdown_table, number_cell
+from medvlm_harness.results.robustness_table import robustness_table
+from medvlm_harness.results.subgroup_tables import gap_names, subgroup_tables
 
 __all__ = ["interval_table"]
 
@@ -17,23 +21,31 @@ def interval_table(medvlm: Mapping[str, Any]) -> str:
     for task, details in medvlm["tasks"].items():
         lines.append(_data_line(task, details))
         shown = _without_unchanged(details["metrics"])
+        elsewhere = gap_names(details)
+        shown = {name: estimate for name, estimate in shown.items() if name not in elsewhere}
         for i, (metric, estimate) in enumerate(shown.items()):
             rows.append(
                 (
                     task if i == 0 else "",
                     metric,
-                    _number(estimate["value"]),
-                    _interval(estimate["ci95"]),
+                    number_cell(estimate["value"]),
+                    interval_cell(estimate["ci95"]),
                     str(estimate["n"]),
                     "" if estimate["positives"] is None else str(estimate["positives"]),
-                    "" if estimate["floor"] is None else _number(estimate["floor"]),
-                    "" if estimate["ceiling"] is None else _number(estimate["ceiling"]),
+                    "" if estimate["floor"] is None else number_cell(estimate["floor"]),
+                    "" if estimate["ceiling"] is None else number_cell(estimate["ceiling"]),
                     _note(estimate),
                 )
             )
     for task, reason in medvlm["unsupported"].items():
         rows.append((task, "n/a", *[""] * (len(HEADER) - 3), reason))
-    return "\n".join([*lines, "", *_table(rows), *_factuality_table(medvlm["tasks"])]) + "\n"
+    tables = (
+        *markdown_table(rows),
+        *subgroup_tables(medvlm["tasks"]),
+        *robustness_table(medvlm["tasks"]),
+        *_factuality_table(medvlm["tasks"]),
+    )
+    return "\n".join([*lines, "", *tables]) + "\n"
 
 
 def _without_unchanged(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,18 +56,12 @@ def _without_unchanged(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _note(estimate: Mapping[str, Any]) -> str:
-    """Why there is no value, or what each kind of floor scores where there are several."""
-    floors = estimate["extra"].get("floors", {})
-    several = ", ".join(f"{kind} {_number(value)}" for kind, value in floors.items())
-    return "; ".join(filter(None, (estimate["reason"], several)))
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a Markdown table; the first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    head, *rest = (_line(row, widths) for row in rows)
-    return [head, rule, *rest]
+    """Why there is no value, which condition it is of, what several floors score, of how many labels a mean is."""
+    extra = estimate["extra"]
+    several = ", ".join(f"{kind} {number_cell(value)}" for kind, value in extra.get("floors", {}).items())
+    labels, left_out = extra.get("labels", ()), extra.get("left_out_positives", ())
+    of_labels = f"{len(labels)} of {len(labels) + len(left_out)} labels" if labels and left_out else ""
+    return "; ".join(filter(None, (estimate["reason"], extra.get("condition"), several, of_labels)))
 
 
 def _factuality_table(tasks: Mapping[str, Any]) -> list[str]:
@@ -73,7 +79,7 @@ def _factuality_table(tasks: Mapping[str, Any]) -> list[str]:
         for pipeline, cells in by_filter.items():
             rows = rows or [("Task", "Filter", *cells)]
             rows.append((task, pipeline, *cells.values()))
-    return ["", "Factuality: model, human reference (difference)", "", *_table(rows)] if rows else []
+    return ["", "Factuality: model, human reference (difference)", "", *markdown_table(rows)] if rows else []
 
 
 def _against_reference(estimate: Mapping[str, Any]) -> str:
@@ -86,6 +92,8 @@ def _against_reference(estimate: Mapping[str, Any]) -> str:
 def _data_line(task: str, details: Mapping[str, Any]) -> str:
     dataset, counts = details["dataset"], details.get("counts", {})
     facts = [f"{task}: {dataset['name']} ({dataset['source']}), split {details['split']}"]
+    if perturbation := details.get("perturbation"):
+        facts.append(_perturbed(perturbation))
     if details.get("label_source"):
         facts.append(f"labels {details['label_source']}")
     facts += [f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count]
@@ -99,13 +107,9 @@ def _data_line(task: str, details: Mapping[str, Any]) -> str:
     return "; ".join(facts)
 
 
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    return "|" + "|".join(f" {cell:<{width}} " for cell, width in zip(row, widths, strict=True)) + "|"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
-
-
-def _interval(ends: list[float] | None) -> str:
-    return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+def _perturbed(perturbation: Mapping[str, Any]) -> str:
+    """What was done to the inputs; of texts, how many it changed."""
+    said = f"perturbed: {perturbation['name']}@{perturbation['severity']}"
+    if (changed := perturbation.get("texts_changed")) is None:
+        return said
+    return f"{said} ({changed:.1%} of {perturbation['texts']} texts changed)"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -17,58 +16,26 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from medvlm_harness.data.locate import find_dataset
-from medvlm_harness.data.records import Dataset, Image, Study
-from medvlm_harness.data.splits import parse_splits
+from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.requests import Capability, ImageRef
+from medvlm_harness.requests import Capability, ImagePerturbation, ImageRef
+from medvlm_harness.tracks.perturbed import (
+    InputPerturbation,
+    Perturbable,
+    PerturbedReports,
+    UnfitPerturbation,
+    read_perturbation,
+)
+from medvlm_harness.tracks.rows import NO_FILTER, Metric, Row
+from medvlm_harness.tracks.task_data import SHARING, TaskData
 
-__all__ = ["SHARING", "MedicalTask", "Metric", "Row"]
+__all__ = ["COMMON_KEYS", "MedicalTask"]
 
 _log = logging.getLogger("lm_eval.medvlm")
 
-COMMON_KEYS = frozenset({"dataset", "hub", "aliases", "sharing", "split", "label_source"})
-LABEL_SOURCE_ORDER = ("chexpert_labeler", "chexbert", "rules", "template", "mesh")
-# What may leave the user's machine: nothing but aggregates; also scores of documents under hashes; all of it.
-SHARING = ("aggregate", "hashed", "full")
-NO_FILTER = "none"  # lm-eval's own name for it
+COMMON_KEYS = frozenset({"dataset", "hub", "aliases", "sharing", "split", "label_source", "modality", "perturbation"})
 STAND_IN = "stand_in"  # marks the document of a process that has none of its own
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What one document contributes to every metric of its task; logged by its study's id alone."""
-
-    study_id: str
-    patient_id: str
-    split: str
-    image: str  # file, relative to the data set's image root; "" where the document is a report alone
-
-    def __str__(self) -> str:
-        return self.study_id
-
-    @property
-    def filter(self) -> str:
-        """The filter pipeline that the answer went through; most tracks have one."""
-        return NO_FILTER
-
-
-class Metric:
-    """One metric of a task, as lm-eval's aggregation: rows in, the value out, with a standard error of its own."""
-
-    def __init__(self, name: str, estimates: Callable[[Sequence[Any]], Mapping[str, Estimate]]) -> None:
-        self.name = name
-        self._estimates = estimates
-
-    def __call__(self, rows: list[Any]) -> float:
-        """The value; NaN where it is undefined. Takes the empty rows of stand-ins out of the list."""
-        rows[:] = [row for row in rows if row is not None]  # in place: lm-eval counts them afterwards
-        return float(self._estimates(rows)[self.name].value)
-
-    def stderr(self, rows: Sequence[Any]) -> float:
-        """Standard error, which lm-eval's table prints behind the value."""
-        return float(self._estimates(rows)[self.name].stderr)
 
 
 class _Computed(NamedTuple):
@@ -79,11 +46,14 @@ class _Computed(NamedTuple):
     estimates: Mapping[str, Estimate]
 
 
-class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
+class MedicalTask(TaskData, Task):  # type: ignore[misc]  # lm-eval carries no types
     """A benchmark track over the record schema.
 
     A subclass names its request type, the capabilities it needs and the YAML keys it reads, and implements documents,
     requests, rows and estimates. It is constructed without touching any data; the data set is found at first use.
+
+    Every track reads `modality`, the kind of the set's images (chest, ct, ...), and `perturbation: {name, severity}`,
+    which --metadata may give too, with `perturbation_seed`: the same questions about perturbed inputs (perturbed.py).
     """
 
     is_medvlm = True
@@ -92,8 +62,13 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
     KEYS: ClassVar[frozenset[str]] = COMMON_KEYS
     # What --metadata may say at run time; each is also a key of the YAML or of the run.
     RUNTIME_KEYS: ClassVar[frozenset[str]] = frozenset(
-        {"split", "label_source", "data_dir", "allow_contaminated", "allow_remote", "hub_id", "revision"}
+        {
+            *("split", "label_source", "data_dir", "allow_contaminated", "allow_remote", "hub_id", "revision"),
+            *("perturbation", "perturbation_seed"),
+        }
     )
+    # What of its requests a perturbation may be done to.
+    PERTURBS: ClassVar[frozenset[Perturbable]] = frozenset()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         declared = dict(config)
@@ -128,7 +103,16 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
             raise UserError(f"{name}: expected `dataset:` to name a prepared set, but got {declared.get('dataset')!r}.")
         if self.sharing not in SHARING:
             raise UserError(f"{name}: expected sharing to be {', '.join(SHARING)}, but got {self.sharing!r}.")
+        self.unfit: str | None = None  # why what --metadata says of a whole run cannot be done in this task
+        self.perturbation = self._fitting_perturbation()
         self.read_declaration()
+        if self.perturbation.report and not self.input_sections():
+            reason = (
+                f"{self.perturbation.report.group} is for texts of reports, but the requests of this task hold none."
+            )
+            self.perturbation = self._without_perturbation(UnfitPerturbation(f"{name}: {reason}"))
+        case = self.perturbation.report
+        self.perturbed_reports = PerturbedReports(case, self.input_sections()) if case else None
 
     # --- for subclasses
 
@@ -139,6 +123,41 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
     @abstractmethod
     def read_declaration(self) -> None:
         """Check and keep what this track reads from `self.declared`; touches no data."""
+
+    def read_perturbation(self) -> InputPerturbation:
+        """What is done to the inputs: by --metadata, else by the YAML, else nothing."""
+        return read_perturbation(
+            self.runtime.get("perturbation", self.declared.get("perturbation")),
+            task=self.task_name,
+            takes=self.PERTURBS,
+            modality=self.declared.get("modality"),
+            seed=self.runtime.get("perturbation_seed", 0),
+        )
+
+    def _fitting_perturbation(self) -> InputPerturbation:
+        try:
+            return self.read_perturbation()
+        except UnfitPerturbation as error:
+            return self._without_perturbation(error)
+
+    def _without_perturbation(self, error: UnfitPerturbation) -> InputPerturbation:
+        """None, where --metadata asks it of all tasks of a run: this one is then refused by itself."""
+        if "perturbation" not in self.runtime:
+            raise error
+        self.unfit = str(error).removeprefix(f"{self.task_name}: ")
+        return InputPerturbation()
+
+    def seed_keys(self) -> frozenset[str]:
+        """The keys of --metadata by which something in this task is drawn."""
+        return frozenset() if self.perturbation.to_dict() is None else frozenset({"perturbation_seed"})
+
+    def refuses(self, lm: Any) -> str | None:
+        """Why this task does not run with a model, whatever that can do; None if it does."""
+        return self.unfit
+
+    def input_sections(self) -> tuple[str, ...]:
+        """The sections of the report that go into requests, by the names of `Study`."""
+        return ()
 
     @abstractmethod
     def make_documents(self) -> Iterable[dict[str, Any]]:
@@ -178,66 +197,18 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
             },
             "split": "+".join(self.splits),
             "version": self.VERSION,
+            "perturbation": self._perturbation_details(),
             "documents": len(self.documents),
             "scored": len(self.rows),  # fewer under --limit or --samples
         }
 
-    # --- data
-
-    @property
-    def sharing(self) -> str:
-        """What of the data set may leave this machine; a set that does not say shares the least."""
-        return str(self.declared.get("sharing", SHARING[0]))
-
-    @cached_property
-    def data(self) -> Dataset:
-        """The prepared set: from --metadata data_dir, MEDVLM_DATA, the user cache, or the Hub."""
-        hub = dict(self.declared.get("hub") or {})
-        hub |= {"id": self.runtime["hub_id"]} if "hub_id" in self.runtime else {}
-        hub |= {"revision": self.runtime["revision"]} if "revision" in self.runtime else {}
-        return find_dataset(self.declared["dataset"], data_dir=self.runtime.get("data_dir"), hub=hub or None)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits asked for: by --metadata, else by the YAML, else test."""
-        return parse_splits(str(self.runtime.get("split", self.declared.get("split", "test"))))
-
-    @cached_property
-    def studies(self) -> tuple[Study, ...]:
-        """The studies of the chosen splits, sorted by id.
-
-        Raises:
-            UserError: if there are none.
-        """
-        chosen = tuple(study for study in self.data.studies if study.split in self.splits)
-        if not chosen:
-            have = sorted({study.split for study in self.data.studies})
-            raise UserError(
-                f"{self.task_name}: no study of {self.data.manifest.name} is in split {'+'.join(self.splits)} "
-                f"(it has {', '.join(have)})."
-            )
-        return chosen
-
-    @cached_property
-    def label_source(self) -> str:
-        """The source whose labels are the truth: asked for, else the first prepared one of a fixed order."""
-        prepared = self.data.manifest.label_sources
-        asked = self.runtime.get("label_source", self.declared.get("label_source"))
-        if asked is not None:
-            if asked not in prepared:
-                raise UserError(
-                    f"{self.task_name}: expected label_source to be one of {', '.join(prepared)}, but got {asked!r}."
-                )
-            return str(asked)
-        ordered = [source for source in LABEL_SOURCE_ORDER if source in prepared] or list(prepared)
-        if not ordered:
-            raise UserError(f"{self.task_name}: {self.data.manifest.name} was prepared without labels: use --labels.")
-        return ordered[0]
-
-    @cached_property
-    def other_sources(self) -> tuple[str, ...]:
-        """The prepared label sources that the same scores are also evaluated against."""
-        return tuple(source for source in self.data.manifest.label_sources if source != self.label_source)
+    def _perturbation_details(self) -> dict[str, Any] | None:
+        """What was done to the inputs, and how many texts of scored studies it changed."""
+        described = self.perturbation.to_dict()
+        if described is None or self.perturbed_reports is None:
+            return described
+        scored = sorted({row.study_id for row in self.rows})
+        return described | self.perturbed_reports.counts(self.by_id[one] for one in scored)
 
     # --- the ids that documents, rows and score records share
 
@@ -247,13 +218,26 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         return ids if image is None else {**ids, "file": image.file, "image": image.sha256}
 
     def image_ref(self, doc: Mapping[str, Any]) -> ImageRef:
-        """The request argument for the image of a document."""
-        return ImageRef(doc["image"], self.data.path(Image(doc["file"], doc["image"])))
+        """The request argument for the image of a document, perturbed if it is to be."""
+        path = self.data.path(Image(doc["file"], doc["image"]))
+        return ImageRef(doc["image"], path, self.image_perturbation(doc["split"]))
 
     def score_record(self, row: Row, label: str, **values: Any) -> dict[str, Any]:
         """One row of scores.parquet."""
         ids = {"task": self.task_name, "study": row.study_id, "patient": row.patient_id, "image": row.image or None}
         return {**ids, "split": row.split, "label": label, **values}
+
+    # --- what is done to inputs
+
+    def image_perturbation(self, split: str) -> ImagePerturbation | None:
+        """What is done to the images of a split: nothing outside of the scored ones."""
+        return self.perturbation.image if split in self.splits else None
+
+    def as_asked(self, study: Study) -> Study:
+        """The study with its report as requests hold it: perturbed if it is to be, and scored."""
+        if self.perturbed_reports is None or study.split not in self.splits:
+            return study
+        return self.perturbed_reports(study)
 
     # --- what the plug-in and lm-eval call
 
@@ -438,7 +422,8 @@ class MedicalTask(Task):  # type: ignore[misc]  # lm-eval carries no types
         return {
             "task": self.task_name,
             "class": type(self).__name__,
-            **{key: value for key, value in self.declared.items() if key != "hub"},
+            **{key: value for key, value in self.declared.items() if key not in ("hub", "perturbation")},
+            **({"perturbation": perturbed} if (perturbed := self.perturbation.to_dict()) else {}),
             "split": "+".join(self.splits),
             "num_fewshot": 0,
             "output_type": self.OUTPUT_TYPE,

@@ -19,9 +19,9 @@ from medvlm_harness.metrics.bootstrap import bootstrap_means
 from medvlm_harness.metrics.choice import choice_hits, frequency_scores, likeness_scores, same_words
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.requests import Capability
-from medvlm_harness.tracks.base import Row
 from medvlm_harness.tracks.prompts import PromptedTask
 from medvlm_harness.tracks.report_pairs import ReportPair, ReportPairs
+from medvlm_harness.tracks.rows import Row
 
 __all__ = ["ChoiceRow", "ImpressionChoice"]
 

@@ -82,9 +82,10 @@ class EntityListing(GenerationTask):
         return None if listed is None else as_json(listed)
 
     def floors_of(self, doc: Mapping[str, Any]) -> Mapping[str, str]:
-        """The constant list where there is one, and the report's sentences, one to a line."""
+        """The constant list where there is one, and the sentences of the report as it is given, one to a line."""
         constant = {} if self._constant is None else {"constant": self._constant}
-        return {**constant, "copy": "\n".join(f"- {one}" for one in split_sentences(doc["source"]))}
+        report = study_texts(self.as_asked(self.by_id[doc["study_id"]]))["report"]
+        return {**constant, "copy": "\n".join(f"- {one}" for one in split_sentences(report))}
 
     # --- metrics
 

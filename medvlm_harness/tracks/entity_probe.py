@@ -25,10 +25,11 @@ from medvlm_harness.metrics.matches import (
 )
 from medvlm_harness.metrics.radgraph import entity_span_counts
 from medvlm_harness.requests import Capability, TextRef, TokenVectors
-from medvlm_harness.tracks.base import COMMON_KEYS, MedicalTask, Row
+from medvlm_harness.tracks.base import COMMON_KEYS, MedicalTask
 from medvlm_harness.tracks.entities import annotators, first_annotation
 from medvlm_harness.tracks.entity_metrics import RULES
 from medvlm_harness.tracks.radgraph_set import RadGraphSet, find_radgraph
+from medvlm_harness.tracks.rows import Row
 from medvlm_harness.training.token_probe import OUTSIDE, TokenProbe, bio_tags, entities_of, word_vectors
 
 __all__ = ["EntityProbe", "ProbeRow"]

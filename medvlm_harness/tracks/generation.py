@@ -13,8 +13,8 @@ from lm_eval.filters import build_filter_ensemble
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError
 from medvlm_harness.requests import Capability, Exemplar, Generation, PromptWithFloors
-from medvlm_harness.tracks.base import NO_FILTER, Row
 from medvlm_harness.tracks.prompts import PromptedTask
+from medvlm_harness.tracks.rows import NO_FILTER, Row
 
 __all__ = ["FilteredText", "GenerationTask", "TextRow"]
 

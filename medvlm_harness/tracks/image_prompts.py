@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, ClassVar, SupportsIndex
 
 from PIL.Image import Image as Picture
 
+from medvlm_harness.data.images import open_reference
 from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.requests import ImageRef
+from medvlm_harness.tracks.perturbed import Perturbable
 from medvlm_harness.tracks.prompts import PromptedTask
 
 __all__ = ["ImagePrompts", "OpenedImages"]
@@ -42,7 +43,7 @@ class OpenedImages(list[ImageRef]):
 
 
 def _opened(ref: ImageRef) -> Picture:
-    return ref.open().convert("RGB")
+    return open_reference(ref).convert("RGB")
 
 
 class ImagePrompts(PromptedTask):
@@ -56,6 +57,7 @@ class ImagePrompts(PromptedTask):
     KEYS: ClassVar[frozenset[str]] = PromptedTask.KEYS | {"images"}
     RUNTIME_KEYS: ClassVar[frozenset[str]] = PromptedTask.RUNTIME_KEYS | {"images"}
     FIELDS: ClassVar[tuple[str, ...]] = ("images", "indication", "comparison")
+    PERTURBS: ClassVar[frozenset[Perturbable]] = PromptedTask.PERTURBS | {"image"}
 
     def read_declaration(self) -> None:
         """Check the choice of images, and that the prompt has a place for them."""
@@ -90,13 +92,9 @@ class ImagePrompts(PromptedTask):
         return {"visual": OpenedImages(refs) if self.opens_images else list(refs)}
 
     def refs_of(self, study: Study) -> list[ImageRef]:
-        """References to what is shown of a study."""
-        return [ImageRef(image.sha256, self.data.path(image)) for image in self.chosen_images(study)]
-
-    @cached_property
-    def by_id(self) -> dict[str, Study]:
-        """The studies of the chosen splits by their ids."""
-        return {study.study_id: study for study in self.studies}
+        """References to what is shown of a study, perturbed if it is to be."""
+        change = self.image_perturbation(study.split)
+        return [ImageRef(image.sha256, self.data.path(image), change) for image in self.chosen_images(study)]
 
     def details(self) -> dict[str, Any]:
         """Adds which images are shown."""

@@ -6,24 +6,21 @@ loses by that is what it takes from the image. One that loses nothing answers by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from lm_eval.api.instance import Instance
-from numpy.typing import NDArray
 
 from medvlm_harness.data.records import Image, Study
-from medvlm_harness.data.substitution import SUBSTITUTES, Substitution
-from medvlm_harness.errors import UserError, near_matches
-from medvlm_harness.metrics.bootstrap import Weights
+from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.paired import paired_estimates, paired_names
 from medvlm_harness.requests import ImageRef, LabelScores, TextRef
-from medvlm_harness.tracks.base import MedicalTask, Row
-from medvlm_harness.tracks.generation import TextRow
+from medvlm_harness.tracks.conditions import ConditionsRow, ConditionsTask, under
+from medvlm_harness.tracks.perturbed import Perturbable
 from medvlm_harness.tracks.report_generation import ReportGeneration
 from medvlm_harness.tracks.text_scorer import LABELS
 from medvlm_harness.tracks.zero_shot import ScoreRow, ZeroShot
@@ -32,75 +29,20 @@ from medvlm_harness.tracks.zero_shot_metrics import enough_support, macro_auroc
 __all__ = ["ImageUseLabels", "ImageUseReports"]
 
 TRUE = "true"
-Statistic = Callable[[Weights], NDArray[np.float64]]
 
 
-@dataclass(frozen=True, slots=True)
-class ConditionsRow(Row):
-    """The rows of one document, one per condition."""
-
-    conditions: tuple[Any, ...]
-
-    __str__ = Row.__str__
-
-    @property
-    def filter(self) -> str:
-        """That of the answers."""
-        return str(self.conditions[0].filter)
-
-
-class ImageUse(MedicalTask):
-    """A task that asks each question once per condition: `true`, the study's own image, and each substitute.
-
-    YAML: `substitutes`, a list of other (another patient's image of the same view and split), blank (uniform grey) and
-    mean (the train split's mean image). --metadata substitution_seed=N draws other patients.
-    """
-
-    KEYS: ClassVar[frozenset[str]] = frozenset({"substitutes"})
-    RUNTIME_KEYS: ClassVar[frozenset[str]] = frozenset({"substitution_seed"})
+class ImageUse(ConditionsTask):
+    """A task under the condition `true`, the study's own image, and under each substitute."""
 
     def read_substitutes(self) -> None:
-        """Check the substitutes and the seed."""
-        named = self.declared.get("substitutes")
-        if not isinstance(named, list) or not named or len(set(map(str, named))) < len(named):
-            raise UserError(
-                f"{self.task_name}: expected substitutes to be a list of {', '.join(SUBSTITUTES)}, but got {named!r}."
-            )
-        for one in named:
-            if one not in SUBSTITUTES:
-                raise UserError(f"{self.task_name}: unknown substitute {one!r}.{near_matches(str(one), SUBSTITUTES)}")
-        self.substitutes = tuple(named)
+        """Names the conditions too."""
+        super().read_substitutes()
         self.conditions = (TRUE, *self.substitutes)
-        self.substitution_seed = self.runtime.get("substitution_seed", 0)
-        if not isinstance(self.substitution_seed, int):
-            raise UserError(f"{self.task_name}: expected substitution_seed=N, but got {self.substitution_seed!r}.")
-
-    @cached_property
-    def substitution(self) -> Substitution:
-        """What stands for the images of the set."""
-        return Substitution(self.data, seed=self.substitution_seed)
 
     def under_conditions(self, image: Image) -> list[ImageRef]:
         """The image itself, and what stands for it."""
-        own = ImageRef(image.sha256, self.data.path(image))
-        return [own, *(ImageRef(*self.substitution(kind, image)) for kind in self.substitutes)]
-
-    def row_of_conditions(self, doc: Mapping[str, Any], rows: Sequence[Row]) -> ConditionsRow:
-        """The rows of one document as one."""
-        ids = doc["study_id"], doc["patient_id"], doc["split"], doc["file"]
-        return ConditionsRow(*ids, tuple(rows))
-
-    def by_condition(self, rows: Sequence[ConditionsRow]) -> dict[str, list[Any]]:
-        """Condition -> the rows of all documents."""
-        return {name: [row.conditions[k] for row in rows] for k, name in enumerate(self.conditions)}
-
-    def details(self) -> dict[str, Any]:
-        """Adds the conditions and the seed."""
-        return {
-            **super().details(),
-            "conditions": list(self.conditions),
-            "substitution_seed": self.substitution_seed,
-        }
+        own = ImageRef(image.sha256, self.data.path(image), self.perturbation.image)
+        return [own, *self.stand_ins(image)]
 
 
 class ImageUseLabels(ImageUse, ZeroShot):
@@ -112,8 +54,9 @@ class ImageUseLabels(ImageUse, ZeroShot):
     YAML: as for `ImageUse`, and for `ZeroShot` with independent labels, without `no_finding`.
     """
 
-    KEYS: ClassVar[frozenset[str]] = ImageUse.KEYS | ZeroShot.KEYS
-    RUNTIME_KEYS: ClassVar[frozenset[str]] = ImageUse.RUNTIME_KEYS | ZeroShot.RUNTIME_KEYS
+    KEYS: ClassVar[frozenset[str]] = ImageUse.KEYS | ZeroShot.KEYS - {"scaling"}
+    RUNTIME_KEYS: ClassVar[frozenset[str]] = ImageUse.RUNTIME_KEYS | ZeroShot.RUNTIME_KEYS - {"scaling"}
+    PERTURBS: ClassVar[frozenset[Perturbable]] = frozenset({"image", "report"})
 
     def read_declaration(self) -> None:
         """As for both; refuses exclusive options."""
@@ -122,6 +65,15 @@ class ImageUseLabels(ImageUse, ZeroShot):
         if self.target is not None or self.no_finding_except is not None:
             raise UserError(f"{self.task_name}: expected independent labels, without `target:` and `no_finding:`.")
 
+    def input_sections(self) -> tuple[str, ...]:
+        """The indication."""
+        return ("indication",)
+
+    @property
+    def fits_on(self) -> None:
+        """Nothing is fitted."""
+        return None
+
     @cached_property
     def _images(self) -> dict[str, Image]:
         return {image.file: image for study in self.studies for image in study.images}
@@ -129,7 +81,7 @@ class ImageUseLabels(ImageUse, ZeroShot):
     @cached_property
     def _indications(self) -> dict[str, tuple[TextRef, ...]]:
         """Study id -> the indication as an argument, or none."""
-        texts = {study.study_id: study.indication.strip() for study in self.studies}
+        texts = {study.study_id: self.as_asked(study).indication.strip() for study in self.studies}
         return {study_id: (TextRef(text),) if text else () for study_id, text in texts.items()}
 
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
@@ -176,7 +128,7 @@ class ImageUseLabels(ImageUse, ZeroShot):
         """One record per image, label and condition; those of substitutes are called `label@substitute`."""
         for condition, its in self.by_condition(rows).items():
             for record in super().score_records(its):
-                yield {**record, "label": _under(record["label"], condition)}
+                yield {**record, "label": under(record["label"], condition, TRUE)}
 
 
 class ImageUseReports(ImageUse, ReportGeneration):
@@ -187,6 +139,7 @@ class ImageUseReports(ImageUse, ReportGeneration):
 
     KEYS: ClassVar[frozenset[str]] = ImageUse.KEYS | ReportGeneration.KEYS
     RUNTIME_KEYS: ClassVar[frozenset[str]] = ImageUse.RUNTIME_KEYS | ReportGeneration.RUNTIME_KEYS
+    PERTURBS: ClassVar[frozenset[Perturbable]] = ReportGeneration.PERTURBS
     METRICS: ClassVar[tuple[str, ...]] = ("rougeL", *LABELS)
 
     def read_declaration(self) -> None:
@@ -220,7 +173,10 @@ class ImageUseReports(ImageUse, ReportGeneration):
         scorer = self.scorer_of(rows)
         floors = {metric: scorer.floor(metric) for metric in self.METRICS}
         estimates = paired_estimates(
-            {name: self._statistic(rows, its) for name, its in self.by_condition(rows).items()},
+            {
+                name: scorer.statistic([row.text for row in its], self.METRICS)
+                for name, its in self.by_condition(rows).items()
+            },
             [row.study_id for row in rows],
             self.METRICS,
         )
@@ -229,13 +185,6 @@ class ImageUseReports(ImageUse, ReportGeneration):
                 extra = {**estimates[name].extra, "floors": its}
                 estimates[name] = replace(estimates[name], floor=max(its.values()), extra=extra)
         return estimates
-
-    def _statistic(self, rows: Sequence[ConditionsRow], its: Sequence[TextRow]) -> Statistic:
-        """Values of `METRICS` of the texts of one condition: weights (b, n) to (b, metrics)."""
-        scorer, texts = self.scorer_of(rows), [row.text for row in its]
-        rouge = scorer.per_study(texts)[:, scorer.PER_STUDY.index("rougeL")]
-        label_f1 = scorer.label_f1(scorer.labels(texts))
-        return lambda weights: np.column_stack([weights @ rouge / weights.sum(axis=1), label_f1(weights)])
 
     # --- results
 
@@ -247,8 +196,4 @@ class ImageUseReports(ImageUse, ReportGeneration):
         """One record per study, score and condition; those of substitutes are called `score@substitute`."""
         for condition, its in self.by_condition(rows).items():
             for record in super().score_records(its):
-                yield {**record, "label": _under(record["label"], condition)}
-
-
-def _under(label: str, condition: str) -> str:
-    return label if condition == TRUE else f"{label}@{condition}"
+                yield {**record, "label": under(record["label"], condition, TRUE)}

@@ -19,7 +19,7 @@ from medvlm_harness.metrics.choice import same_words
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.requests import Embedding, ImageRef, TextRef
 from medvlm_harness.tracks import zero_shot_metrics as metrics
-from medvlm_harness.tracks.base import Row
+from medvlm_harness.tracks.rows import Row
 from medvlm_harness.tracks.zero_shot import ZeroShot
 from medvlm_harness.training.linear_probe import FOLDS, PENALTIES, SEEDS, LinearProbe, multilabel_probe
 
@@ -98,16 +98,16 @@ class Probe(ZeroShot):
                 )
             yield doc
 
+    def make_fitting_documents(self) -> Iterator[dict[str, Any]]:
+        """As for `ZeroShot`, without patients that the probe learns from."""
+        learnt_from = {study.patient_id for study, _, _ in self._train_studies.values()}
+        return (doc for doc in super().make_fitting_documents() if doc["patient_id"] not in learnt_from)
+
     def document(self, study: Study, image: Image | None, targets: dict[str, list[int | None]]) -> dict[str, Any]:
-        """What a request about a study brings with it, in either split."""
-        target = targets[self.source]
-        positive = [name for name, value in zip(self.label_set.names, target, strict=True) if value == 1]
-        return {
-            **self.document_ids(study, image),
-            "target": target,
-            "targets": targets,
-            "counterparts": {"": 1.0, **dict.fromkeys(positive, 1.0)},
-        }
+        """Adds the positive labels."""
+        doc = super().document(study, image, targets)
+        positive = [name for name, value in zip(self.label_set.names, doc["target"], strict=True) if value == 1]
+        return {**doc, "counterparts": {"": 1.0, **dict.fromkeys(positive, 1.0)}}
 
     @cached_property
     def _train_studies(self) -> dict[str, Labelled]:
@@ -161,24 +161,34 @@ class Probe(ZeroShot):
     # --- metrics
 
     def estimate(self, rows: Sequence[ProbeRow]) -> Mapping[str, Estimate]:  # type: ignore[override]
-        """The means over the seeds."""
+        """The means over the seeds; how far scores can be trusted is that of the mean scores, as they are written."""
         if not self._train_studies:
-            nothing = Estimate.undefined(f"no study in split {TRAIN} has {self.input_name} to learn from", n=len(rows))
+            reason = f"no study in split {TRAIN} has {self.input_name} to learn from"
+            nothing = Estimate.undefined(reason, n=sum(row.split in self.splits for row in rows))
             return dict.fromkeys(self.metric_names(), nothing)
         probes = self._probes(rows)
+        is_scored, _, _ = self.parts(rows)
+        scored = [row for row, one in zip(rows, is_scored, strict=True) if one]
         learnt = np.array([not probe.reason for probe in probes])
         # A label that could not be learnt says nothing of No Finding.
         margins = [
-            np.stack([np.full(len(rows), -np.inf) if p.reason else p.margin[seed] for p in probes], axis=1)
+            np.stack([np.full(len(scored), -np.inf) if p.reason else p.margin[seed, is_scored] for p in probes], axis=1)
             for seed in range(len(SEEDS))
         ]
-        of_seeds = [self._of_margin(rows, margin, learnt) for margin in margins]
-        repeats = self._of_margin(rows, self._known_inputs(rows), learnt)
-        estimates = {name: _mean([one[name] for one in of_seeds]) for name in self.metric_names()}
+        of_seeds = [self._of_margin(scored, margin, learnt) for margin in margins]
+        repeats = self._of_margin(scored, self._known_inputs(scored), learnt)
+        estimates = {name: _mean([one[name] for one in of_seeds]) for name in of_seeds[0]}
         for label, probe in zip(self.label_set.labels, probes, strict=True):
             if probe.reason:
-                estimates[f"auroc_{label.key}"] = Estimate.undefined(probe.reason, n=len(rows))
-        return {name: _with_floor(estimate, repeats[name].value) for name, estimate in estimates.items()}
+                estimates[f"auroc_{label.key}"] = Estimate.undefined(probe.reason, n=len(scored))
+        trust = self.label_trust(
+            rows,
+            np.stack([probe.margin.mean(axis=0) for probe in probes], axis=1),
+            np.stack([probe.probability.mean(axis=0) for probe in probes], axis=1),
+            reasons=[probe.reason or None for probe in probes],
+        )
+        found = {name: _with_floor(estimate, repeats[name].value) for name, estimate in estimates.items()} | trust
+        return {name: found[name] for name in self.metric_names()}
 
     def _known_inputs(self, rows: Sequence[ProbeRow]) -> NDArray[np.float64]:
         """The floor that repeats: log-odds of what the training studies with the same input have, (n, L).
@@ -285,8 +295,11 @@ class Probe(ZeroShot):
 
     def score_records(self, rows: Sequence[ProbeRow]) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """One record per study and label: means over the seeds."""
+        # By id, since the probes answered for what was fitted on, too.
+        place = {study_id: k for k, study_id in enumerate(self._fitted[0])}
+        own = [place[row.study_id] for row in rows if place]
         for number, (name, probe) in enumerate(zip(self.label_set.names, self._fitted[1], strict=False)):
-            margins, probabilities = probe.margin.mean(axis=0).tolist(), probe.probability.mean(axis=0).tolist()
+            margins, probabilities = (one.mean(axis=0)[own].tolist() for one in (probe.margin, probe.probability))
             for row, margin, probability in zip(rows, margins, probabilities, strict=True):
                 target = row.targets[self.source][number]
                 known = {} if probe.reason else {"margin": margin, "probability": probability}

@@ -9,8 +9,11 @@ from typing import Any, ClassVar
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.tracks.base import COMMON_KEYS, MedicalTask
+from medvlm_harness.tracks.perturbed import Perturbable
 
 __all__ = ["PromptedTask"]
+
+SECTIONS = ("findings", "impression", "indication", "comparison")
 
 
 class PromptedTask(MedicalTask):
@@ -21,11 +24,12 @@ class PromptedTask(MedicalTask):
     """
 
     KEYS: ClassVar[frozenset[str]] = COMMON_KEYS | {"prompt"}
-    FIELDS: ClassVar[tuple[str, ...]] = ("findings", "impression", "indication", "comparison")
+    FIELDS: ClassVar[tuple[str, ...]] = SECTIONS
+    PERTURBS: ClassVar[frozenset[Perturbable]] = frozenset({"report", "prompt"})
 
     def read_declaration(self) -> None:
         """Check the prompt's fields."""
-        self.prompt = self._checked_prompt(self.declared.get("prompt"))
+        self.prompt = self._in_other_words(self._checked_prompt(self.declared.get("prompt")))
         self.as_chat: Callable[[str], str] = str
         self.templated = False
 
@@ -44,9 +48,27 @@ class PromptedTask(MedicalTask):
         self.prompt_fields = frozenset(fields)
         return prompt
 
+    def _in_other_words(self, prompt: str) -> str:
+        """The prompt with its own words perturbed, if they are to be; its fields stay."""
+        case = self.perturbation.prompt
+        if case is None:
+            return prompt
+        perturbed = case(prompt)
+        if not perturbed.changed:
+            raise UserError(
+                f"{self.task_name}: {case.perturbation.name} at severity {case.severity} has no other words for the "
+                "prompt, whose sentences are not among the instructions of perturbations/text/terms.yaml."
+            )
+        return perturbed.text
+
+    def input_sections(self) -> tuple[str, ...]:
+        """Those that the prompt asks for."""
+        return tuple(name for name in SECTIONS if name in self.prompt_fields)
+
     def prompt_for(self, study: Study) -> str:
         """The prompt of a study."""
-        return self.prompt.format(**{name: self.prompt_field(study, name) for name in self.FIELDS})
+        asked = self.as_asked(study)
+        return self.prompt.format(**{name: self.prompt_field(asked, name) for name in self.prompt_fields})
 
     def prompt_field(self, study: Study, name: str) -> str:
         """What stands in the prompt for one of `FIELDS`."""

@@ -25,6 +25,7 @@ class RadGraphEntities(EntityListing):
     """
 
     SCORES = ANNOTATION
+    PERTURBS = frozenset()  # what annotators marked are words of the text as it is
     # The files are the data set: no other place is looked at.
     RUNTIME_KEYS: ClassVar[frozenset[str]] = (EntityListing.RUNTIME_KEYS | {"radgraph"}) - {
         "data_dir", "hub_id", "revision", "label_source"

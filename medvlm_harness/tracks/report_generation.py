@@ -92,9 +92,11 @@ class ReportGeneration(ImagePrompts, ScoredTexts):
 
     @cached_property
     def exemplars(self) -> Sequence[Exemplar]:
-        """Every train image of the chosen views with its study's findings."""
+        """Every train image of the chosen views with its study's findings; never perturbed."""
         return tuple(
-            Exemplar(ref, study.findings.strip()) for study in self.train_studies for ref in self.refs_of(study)
+            Exemplar(ImageRef(image.sha256, self.data.path(image)), study.findings.strip())
+            for study in self.train_studies
+            for image in self.chosen_images(study)
         )
 
     def floor_texts(self) -> Mapping[str, Sequence[str]]:

@@ -12,7 +12,9 @@ from lm_eval.api.instance import Instance
 
 from medvlm_harness.data.records import Image, Study
 from medvlm_harness.requests import Capability, Embedding, TextRef
-from medvlm_harness.tracks.base import COMMON_KEYS, Row
+from medvlm_harness.tracks.base import COMMON_KEYS
+from medvlm_harness.tracks.perturbed import Perturbable
+from medvlm_harness.tracks.rows import Row
 from medvlm_harness.tracks.search import SearchRow, SearchTask, Side, Variant, numbered, truncated_share
 
 __all__ = ["Retrieval", "RetrievalRow"]
@@ -37,6 +39,7 @@ class Retrieval(SearchTask):
     """
 
     NEEDS: ClassVar[frozenset[Capability]] = frozenset({"embed:image", "embed:text"})
+    PERTURBS: ClassVar[frozenset[Perturbable]] = frozenset({"image", "report"})
     KEYS: ClassVar[frozenset[str]] = COMMON_KEYS | {"view"}
     DIRECTIONS: ClassVar[tuple[str, str]] = ("i2t", "t2i")
     VARIANTS: ClassVar[Mapping[str, Variant]] = {
@@ -56,7 +59,7 @@ class Retrieval(SearchTask):
     def make_documents(self) -> Iterator[dict[str, Any]]:
         """One document per study; texts are there as hashes."""
         for study in self.studies:
-            image, texts = self._image(study), study_texts(study)
+            image, texts = self._image(study), self._texts[study.study_id]
             if image is None or not texts:
                 continue
             ids = {name: str(TextRef(text)) for name, text in texts.items()}
@@ -73,7 +76,11 @@ class Retrieval(SearchTask):
 
     @cached_property
     def _texts(self) -> dict[str, dict[str, str]]:
-        return {study.study_id: study_texts(study) for study in self.studies}
+        return {study.study_id: study_texts(self.as_asked(study)) for study in self.studies}
+
+    def input_sections(self) -> tuple[str, ...]:
+        """Findings and impression; the report is both."""
+        return "findings", "impression"
 
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
         """The image first, then each text that the study has."""

@@ -26,7 +26,8 @@ from medvlm_harness.metrics.retrieval import (
     reciprocal_rank,
 )
 from medvlm_harness.requests import Capability, Embedding
-from medvlm_harness.tracks.base import MedicalTask, Row
+from medvlm_harness.tracks.base import MedicalTask
+from medvlm_harness.tracks.rows import Row
 
 __all__ = ["KS", "SearchRow", "SearchTask", "Side", "Variant", "numbered", "truncated_share"]
 

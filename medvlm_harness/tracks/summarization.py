@@ -26,14 +26,14 @@ class Summarization(ReportPairs, ScoredTexts):
             yield self.document(study, source=findings, target=impression, abnormal=self.is_abnormal(study))
 
     def floor_texts(self) -> Mapping[str, Sequence[str]]:
-        """Constant and nearest neighbour learn from the train split.
+        """Constant and nearest neighbour learn from the train split; all read the findings as a model is given them.
 
         Raises:
             UserError: if that has nothing to learn from.
         """
         self.require_train_pairs()
         known, written = zip(*((findings, impression) for _, findings, impression in self.train_pairs), strict=True)
-        sources = [doc["source"] for doc in self.documents]
+        sources = [self.as_asked(self.by_id[doc["study_id"]]).findings.strip() for doc in self.documents]
         return {
             "constant": [most_frequent_summary(written)] * len(sources),
             "lead": leads(sources),

@@ -11,6 +11,7 @@ import numpy as np
 from lm_eval.api.instance import Instance
 
 from medvlm_harness.requests import Capability, Embedding, TextRef
+from medvlm_harness.tracks.perturbed import Perturbable
 from medvlm_harness.tracks.report_pairs import ReportPairs
 from medvlm_harness.tracks.search import SearchRow, SearchTask, Side, Variant, numbered, truncated_share
 
@@ -28,6 +29,7 @@ class TextRetrieval(ReportPairs, SearchTask):
     """
 
     NEEDS: ClassVar[frozenset[Capability]] = frozenset({"embed:text"})
+    PERTURBS: ClassVar[frozenset[Perturbable]] = frozenset({"report"})
     DIRECTIONS: ClassVar[tuple[str, str]] = ("f2i", "i2f")
     VARIANTS: ClassVar[Mapping[str, Variant]] = {
         "": Variant("impression", "strict"),
@@ -43,9 +45,16 @@ class TextRetrieval(ReportPairs, SearchTask):
     @cached_property
     def _texts(self) -> dict[str, dict[str, TextRef]]:
         return {
-            pair.study.study_id: {"findings": TextRef(pair.findings), "impression": TextRef(pair.impression)}
+            pair.study.study_id: {
+                "findings": TextRef(self.as_asked(pair.study).findings.strip()),
+                "impression": TextRef(pair.impression),
+            }
             for pair in self.pairs
         }
+
+    def input_sections(self) -> tuple[str, ...]:
+        """The findings: impressions, their counterparts, stay as they are."""
+        return ("findings",)
 
     def make_documents(self) -> Iterator[dict[str, Any]]:
         """One document per study; texts are there as hashes.

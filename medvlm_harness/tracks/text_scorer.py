@@ -130,6 +130,18 @@ class TextScorer:
             ]
         )
 
+    def statistic(self, texts: Sequence[str], names: Sequence[str]) -> Callable[[Weights], NDArray[np.float64]]:
+        """Metrics of `PER_STUDY` and `LABELS` of one text per study: weights (b, n) to values (b, names)."""
+        scores, label_f1 = self.per_study(texts), self.label_f1(self.labels(texts))
+        known = (*self.PER_STUDY, *LABELS)
+        columns = [known.index(name) for name in names]
+
+        def values(weights: Weights) -> NDArray[np.float64]:
+            means = weights @ scores / weights.sum(axis=1, keepdims=True)
+            return np.column_stack([means, label_f1(weights)])[:, columns]
+
+        return values
+
     def estimates(self, texts: Sequence[str], finished: Sequence[bool | None]) -> dict[str, Estimate]:
         """Every metric of one text per study.
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError
 from medvlm_harness.requests import Capability, TextRef
+from medvlm_harness.tracks.perturbed import Perturbable
 from medvlm_harness.tracks.zero_shot import ZeroShot
 
 __all__ = ["TextZeroShot"]
@@ -25,6 +26,7 @@ class TextZeroShot(ZeroShot):
     """
 
     NEEDS: ClassVar[frozenset[Capability]] = frozenset({"classify:text"})
+    PERTURBS: ClassVar[frozenset[Perturbable]] = frozenset({"report"})
     KEYS: ClassVar[frozenset[str]] = ZeroShot.KEYS - {"views"}
 
     def read_declaration(self) -> None:
@@ -37,9 +39,13 @@ class TextZeroShot(ZeroShot):
         """The findings, where there are any."""
         return [None] if study.findings.strip() else []
 
+    def input_sections(self) -> tuple[str, ...]:
+        """The findings."""
+        return ("findings",)
+
     @cached_property
     def _findings(self) -> dict[str, TextRef]:
-        return {study.study_id: TextRef(study.findings.strip()) for study in self.data.studies}
+        return {study.study_id: TextRef(self.as_asked(study).findings.strip()) for study in self.data.studies}
 
     def input_ref(self, doc: Mapping[str, Any]) -> TextRef:
         """The findings."""

@@ -15,11 +15,21 @@ from medvlm_harness.data.labels import Uncertain, resolve
 from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.metrics.estimate import Estimate
+from medvlm_harness.metrics.mesh import coded_finding_labels, finding_names, mesh_findings_version
+from medvlm_harness.metrics.scaling import Method
 from medvlm_harness.requests import Capability, ImageRef, LabelScores, LabelSet, TextRef
 from medvlm_harness.tracks import zero_shot_metrics as metrics
-from medvlm_harness.tracks.base import COMMON_KEYS, MedicalTask, Row
+from medvlm_harness.tracks.base import COMMON_KEYS
+from medvlm_harness.tracks.label_fits import LabelItems, fit_labels
+from medvlm_harness.tracks.label_trust import LabelTrust, is_lower_better, label_trust, trust_names
+from medvlm_harness.tracks.option_trust import OPTION_TRUST, option_trust
+from medvlm_harness.tracks.perturbed import Perturbable
+from medvlm_harness.tracks.rows import Row
+from medvlm_harness.tracks.validation_fits import FitsOnValidation
 
 __all__ = ["ScoreRow", "ZeroShot"]
+
+MESH_FINDINGS = "mesh_findings"  # truth that is read off the coders' terms when a task runs, not when a set is prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +42,26 @@ class ScoreRow(Row):
     __str__ = Row.__str__
 
 
-class ZeroShot(MedicalTask):
+class ZeroShot(FitsOnValidation):
     """One `classify` request per image with the whole label set.
 
     YAML: `dataset`, `labels` (see `LabelSet.from_config`), and optionally `views` (only these), `target` (multiclass:
     the image's `view`, or a subgroup field of the study), `uncertain` (exclude, positive or negative), `subsets`
-    (name -> labels, each a macro AUROC of its own), `no_finding` (derive it; `except` lists labels that do not count).
+    (name -> labels, each a macro AUROC of its own), `no_finding` (derive it; `except` lists labels that do not count),
+    `truth` (mesh_findings: the labels are findings of metrics/mesh_findings.yaml, and the truth what the coders gave),
+    `scaling` (platt or temperature: how margins become probabilities on validation).
+
+    Scalings and thresholds are fitted on the validation split, whose inputs are asked about beside those of the chosen
+    splits. Where validation is itself chosen, what was fitted is evaluated on the other chosen splits alone.
     """
 
     OUTPUT_TYPE: ClassVar[str] = "classify"
     NEEDS: ClassVar[frozenset[Capability]] = frozenset({"classify:image"})
-    KEYS: ClassVar[frozenset[str]] = COMMON_KEYS | {"labels", "views", "target", "uncertain", "subsets", "no_finding"}
-    RUNTIME_KEYS: ClassVar[frozenset[str]] = MedicalTask.RUNTIME_KEYS | {"uncertain"}
+    PERTURBS: ClassVar[frozenset[Perturbable]] = frozenset({"image"})
+    KEYS: ClassVar[frozenset[str]] = COMMON_KEYS | frozenset(
+        {"labels", "views", "target", "truth", "uncertain", "subsets", "no_finding", "scaling"}
+    )
+    RUNTIME_KEYS: ClassVar[frozenset[str]] = FitsOnValidation.RUNTIME_KEYS | {"uncertain", "scaling"}
 
     def read_declaration(self) -> None:
         """Check labels, views, target, subsets and the uncertain policy."""
@@ -66,6 +84,15 @@ class ZeroShot(MedicalTask):
                 f"but got {uncertain!r}."
             )
         self.uncertain = cast(Uncertain, uncertain)
+        self.coded = self._reads_coded_findings()
+        scaling = self.runtime.get("scaling", declared.get("scaling", "platt"))
+        if scaling not in get_args(Method):
+            raise UserError(
+                f"{self.task_name}: expected scaling to be one of {', '.join(get_args(Method))}, but got {scaling!r}."
+            )
+        self.scaling = cast(Method, scaling)
+        self._trust: LabelTrust | None = None
+        self._fitted_on: dict[str, Any] = {}
         self.subsets = {str(k): tuple(map(str, v)) for k, v in (declared.get("subsets") or {}).items()}
         no_finding = declared.get("no_finding")
         self.no_finding_except = None if no_finding is None else tuple(map(str, no_finding.get("except", ())))
@@ -74,6 +101,15 @@ class ZeroShot(MedicalTask):
                 raise UserError(
                     f"{self.task_name}: {label!r} is not among the labels.{near_matches(label, self.label_set.names)}"
                 )
+
+    def _reads_coded_findings(self) -> bool:
+        truth = self.declared.get("truth")
+        if truth not in (None, MESH_FINDINGS) or (truth and self.target):
+            raise UserError(
+                f"{self.task_name}: expected truth to be {MESH_FINDINGS}, of a multilabel set, or missing "
+                f"(then a label source is the truth), but got {truth!r}."
+            )
+        return truth is not None
 
     def _check_shapes(self) -> None:
         for key, kind, what in (
@@ -93,7 +129,16 @@ class ZeroShot(MedicalTask):
     def make_documents(self) -> Iterator[dict[str, Any]]:
         """One document per input, such as an image of the chosen views."""
         for study, image, targets in self.labelled(self.studies):
-            yield {**self.document_ids(study, image), "target": targets[self.source], "targets": targets}
+            yield self.document(study, image, targets)
+
+    def make_fitting_documents(self) -> Iterator[dict[str, Any]]:
+        """Those of validation, where that is not itself chosen."""
+        for study, image, targets in self.labelled(self.fitting_studies()):
+            yield self.document(study, image, targets)
+
+    def document(self, study: Study, image: Image | None, targets: dict[str, list[int | None]]) -> dict[str, Any]:
+        """An input with its truth, the source's and all."""
+        return {**self.document_ids(study, image), "target": targets[self.source], "targets": targets}
 
     def inputs(self, study: Study) -> Iterable[Image | None]:
         """What of a study is classified: images, or None for its text."""
@@ -108,7 +153,10 @@ class ZeroShot(MedicalTask):
                     yield study, image, targets
 
     def _targets(self, study: Study, image: Image | None) -> dict[str, list[int | None]] | None:
-        """Truth per source in the order of the labels; None where a multiclass field holds none of the options."""
+        """Truth per source in the order of the labels; None where a target field holds no option or nobody coded."""
+        if self.coded:
+            labels = coded_finding_labels(study.mesh)
+            return None if labels is None else {MESH_FINDINGS: [labels[k] for k in self.label_source_keys]}
         if self.target is None:
             return {
                 source: [resolve(study.labels.get(source), k, uncertain=self.uncertain) for k in self.label_source_keys]
@@ -121,8 +169,13 @@ class ZeroShot(MedicalTask):
 
     @cached_property
     def source(self) -> str:
-        """Where the truth comes from: a label source, or the target field of a multiclass set."""
-        return self.target or self.label_source
+        """Where the truth comes from: a label source, the target field of a multiclass set, or the coders' terms."""
+        return MESH_FINDINGS if self.coded else self.target or self.label_source
+
+    @cached_property
+    def other_sources(self) -> tuple[str, ...]:
+        """The other label sources; none has the findings that coders name."""
+        return () if self.coded else super().other_sources
 
     @cached_property
     def label_source_keys(self) -> tuple[str, ...]:
@@ -131,13 +184,14 @@ class ZeroShot(MedicalTask):
         Raises:
             UserError: if the data set has no such label.
         """
-        known = {name.lower().replace(" ", "_"): name for name in self.data.manifest.label_names}
+        manifest = self.data.manifest
+        owner, names = (MESH_FINDINGS, finding_names()) if self.coded else (manifest.name, manifest.label_names)
+        known = {name.lower().replace(" ", "_"): name for name in names}
         keys = []
         for label in self.label_set.labels:
             if label.key not in known:
                 raise UserError(
-                    f"{self.task_name}: {self.data.manifest.name} has no label {label.name!r}."
-                    f"{near_matches(label.name, known.values())}"
+                    f"{self.task_name}: {owner} has no label {label.name!r}.{near_matches(label.name, known.values())}"
                 )
             keys.append(known[label.key])
         return tuple(keys)
@@ -168,27 +222,53 @@ class ZeroShot(MedicalTask):
         ids = doc["study_id"], doc["patient_id"], doc["split"]
         return ScoreRow(*ids, doc.get("file", ""), results[0], targets)
 
+    def what_studies_have(self) -> str:
+        """Their views, and how many were coded where that is the truth."""
+        coded = sum(coded_finding_labels(study.mesh) is not None for study in self.studies) if self.coded else None
+        return super().what_studies_have() + ("" if coded is None else f"; {coded} have MeSH terms")
+
     # --- metrics
 
     def metric_names(self) -> tuple[str, ...]:
-        """Macro metrics, one AUROC per label, and the macro AUROC against each other label source."""
+        """Macro metrics, how far scores can be trusted, one AUROC per label, and that against each other source."""
         if self.target is not None:
-            return metrics.MULTICLASS
+            return (*metrics.MULTICLASS, *OPTION_TRUST)
         names = ["auroc", *(f"auroc_{name}" for name in self.subsets), "average_precision"]
         names += [f"auroc_{label.key}" for label in self.label_set.labels]
         names += ["auroc_no_finding"] if self.no_finding_except is not None else []
-        return (*names, *(f"auroc@{source}" for source in self.other_sources))
+        names += [f"auroc@{source}" for source in self.other_sources]
+        return (*names, *trust_names(self.attributes, no_finding=self.no_finding_except is not None))
+
+    def lower_is_better(self) -> frozenset[str]:
+        """Errors of calibration, risks, and gaps between subgroups."""
+        return frozenset(name for name in self._metric_names if is_lower_better(name))
+
+    @cached_property
+    def attributes(self) -> tuple[str, ...]:
+        """What subgroups are of: the view, where several are scored, and whatever the set knows of its studies."""
+        views = {self._views.get(doc.get("file", "")) for doc in self.documents} - {None}
+        known = {name for study in self.data.studies for name in study.subgroups}
+        return (*(["view"] if len(views) > 1 else []), *sorted(known))
+
+    @cached_property
+    def _views(self) -> dict[str, str | None]:
+        return {image.file: image.view for study in self.data.studies for image in study.images}
+
+    @cached_property
+    def _subgroups(self) -> dict[str, Mapping[str, str]]:
+        return {study.study_id: study.subgroups for study in self.data.studies}
 
     def estimate(self, rows: Sequence[ScoreRow]) -> Mapping[str, Estimate]:
         """All metrics, from one set of bootstrap resamples of studies."""
-        studies = [row.study_id for row in rows]
+        scored = [row for row in rows if row.split in self.splits]
+        studies = [row.study_id for row in scored]
+        margin = np.array([row.scores.margin for row in scored])
         if self.target is not None:
-            probability = np.array([row.scores.probability for row in rows])
-            margin = np.array([row.scores.margin for row in rows])
-            return metrics.multiclass(self._matrix(rows, self.target), probability, margin, studies)
-        margin = np.array([row.scores.margin for row in rows])
-        by_source = {source: self._matrix(rows, source) for source in (self.source, *self.other_sources)}
-        return metrics.multilabel(
+            truth, probability = self._matrix(scored, self.target), self._probabilities(scored)
+            accuracy = metrics.multiclass(truth, probability, margin, studies)
+            return accuracy | self._option_trust(rows, scored, truth, probability)
+        by_source = {source: self._matrix(scored, source) for source in (self.source, *self.other_sources)}
+        estimates = metrics.multilabel(
             by_source[self.source],
             margin,
             studies,
@@ -197,6 +277,97 @@ class ZeroShot(MedicalTask):
             findings=self.finding_columns(),
             others={source: by_source[source] for source in self.other_sources},
         )
+        margins = np.array([row.scores.margin for row in rows])
+        return estimates | self.label_trust(rows, margins, self._probabilities(rows))
+
+    def label_trust(
+        self,
+        rows: Sequence[Row],
+        margin: NDArray[np.float64],
+        probability: NDArray[np.float64],
+        *,
+        reasons: Sequence[str | None] | None = None,
+    ) -> dict[str, Estimate]:
+        """Calibration, selective prediction, operating points, rare findings and subgroups.
+
+        Args:
+            rows: all, those to fit on among them.
+            margin: of these, shape (n, labels); NaN for a label without scores.
+            probability: likewise.
+            reasons: why a label has no scores, (labels,).
+        """
+        keys = [label.key for label in self.label_set.labels]
+        items = self.label_items(rows, margin, probability)
+        scored, judged, fitting = self.parts(rows)
+        without = None if fitting.any() else self.without_validation()
+        fits = fit_labels(items.take(fitting), keys=keys, scaling=self.scaling, without=without, reasons=reasons)
+        of_scored = items.take(scored)
+        of_judged = of_scored if (judged == scored).all() else items.take(judged)
+        prior = self.request_labels.prior
+        self._trust = label_trust(
+            of_scored,
+            of_judged,
+            fits,
+            keys=keys,
+            groups={
+                name: (self._groups(name, rows, scored), self._groups(name, rows, judged)) for name in self.attributes
+            },
+            frequency=None if None in prior else [float(share) for share in prior if share is not None],
+            reasons=reasons,
+        )
+        self._fitted_on = {"items": fits.items, "studies": fits.studies, "reason": fits.reason}
+        return self._trust.estimates
+
+    def label_items(
+        self, rows: Sequence[Any], margin: NDArray[np.float64], probability: NDArray[np.float64]
+    ) -> LabelItems:
+        """Rows with their scores as arrays; a label that has no scores has no truth."""
+        truth = self._matrix(rows, self.source)
+        columns, derived = self.finding_columns(), None
+        if columns is not None:
+            ranked = np.where(np.isnan(margin), -np.inf, margin)[:, columns]
+            of_none, score = metrics.no_finding_column(truth[:, columns], ranked)
+            known = np.isfinite(score)
+            derived = np.where(known, of_none, np.nan), np.where(known, score, 0.0)
+        studies = np.array([row.study_id for row in rows])
+        return LabelItems(np.where(np.isnan(margin), np.nan, truth), margin, probability, studies, derived)
+
+    def _groups(self, attribute: str, rows: Sequence[Row], mask: NDArray[np.bool_]) -> list[str | None]:
+        """The subgroup of each row of a mask."""
+        of_view = attribute == "view" and "view" in self.attributes
+        return [
+            self._views.get(row.image) if of_view else self._subgroups[row.study_id].get(attribute)
+            for row, one in zip(rows, mask, strict=True)
+            if one
+        ]
+
+    def _option_trust(
+        self,
+        rows: Sequence[ScoreRow],
+        scored: Sequence[ScoreRow],
+        truth: NDArray[np.float64],
+        probability: NDArray[np.float64],
+    ) -> dict[str, Estimate]:
+        of_scored, judged, fitting = self.parts(rows)
+        fitted_on = [row for row, one in zip(rows, fitting, strict=True) if one]
+        shape = -1, len(self.label_set.labels)
+        without = None if fitted_on else self.without_validation()
+        self._trust = option_trust(
+            truth,
+            probability,
+            np.array([row.study_id for row in scored]),
+            judged=judged[of_scored],
+            fit_truth=self._matrix(fitted_on, self.source).reshape(shape),
+            fit_probability=self._probabilities(fitted_on).reshape(shape),
+            without=without,
+        )
+        studies = len({row.study_id for row in fitted_on})
+        self._fitted_on = {"items": len(fitted_on), "studies": studies, "reason": without}
+        return self._trust.estimates
+
+    @staticmethod
+    def _probabilities(rows: Sequence[ScoreRow]) -> NDArray[np.float64]:
+        return np.array([row.scores.probability for row in rows], dtype=np.float64)
 
     def _matrix(self, rows: Sequence[ScoreRow], source: str) -> NDArray[np.float64]:
         """Truth of one source, shape (n, labels): 1, 0, or NaN where unlabelled or left out."""
@@ -211,14 +382,17 @@ class ZeroShot(MedicalTask):
     # --- results
 
     def details(self) -> dict[str, Any]:
-        """Adds the label set, where its truth comes from, and what was left out."""
+        """Adds the label set, where its truth comes from, what was left out, and how far scores can be trusted."""
+        fitted_on = {"split": self.fits_on, **self._fitted_on} if self._fitted_on else None
         return {
             **super().details(),
             "label_set": str(self.label_set),
             "label_source": self.source,
             "compared_label_sources": list(self.other_sources) if self.target is None else [],
             "uncertain": self.uncertain,
-            "counts": self.counts(),
+            **({"mesh_findings_version": mesh_findings_version()} if self.coded else {}),
+            "counts": self.counts() | self.fitting_counts(),
+            **({"fitted_on": fitted_on, **self._trust.details} if fitted_on and self._trust else {}),
         }
 
     def counts(self) -> dict[str, int]:

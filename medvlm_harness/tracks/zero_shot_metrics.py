@@ -10,12 +10,23 @@ from numpy.typing import NDArray
 
 from medvlm_harness.metrics._arrays import row_means
 from medvlm_harness.metrics.auroc_interval import auroc_estimate
-from medvlm_harness.metrics.bootstrap import Weights, bootstrap_estimate, percentile_interval, resample, standard_error
+from medvlm_harness.metrics.bootstrap import Weights, bootstrap_estimate
 from medvlm_harness.metrics.classification import weighted_accuracy, weighted_balanced_accuracy
 from medvlm_harness.metrics.estimate import Estimate
+from medvlm_harness.metrics.per_label import PerLabel
 from medvlm_harness.metrics.ranking import WeightedRanking
 
-__all__ = ["MINIMUM_SUPPORT", "MULTICLASS", "enough_support", "macro_auroc", "multiclass", "multilabel", "no_finding"]
+__all__ = [
+    "MINIMUM_SUPPORT",
+    "MULTICLASS",
+    "enough_support",
+    "macro_auroc",
+    "multiclass",
+    "multilabel",
+    "no_finding",
+    "no_finding_column",
+    "ranking_table",
+]
 
 Array = NDArray[np.float64]
 MINIMUM_SUPPORT = 10  # labels with fewer positives or negatives are shown, and left out of macros
@@ -45,16 +56,18 @@ def multilabel(
     """
     ids = np.asarray(studies)
     everything = range(len(keys))
-    macro = _Macro(y_true, margin, ids, keys)
-    estimates = {"auroc": macro.auroc(everything)}
-    estimates |= {f"auroc_{name}": macro.auroc(columns, complete=True) for name, columns in subsets.items()}
-    estimates["average_precision"] = macro.average_precision(everything)
+    table = ranking_table(y_true, margin, studies, keys)
+    estimates = {"auroc": _macro_auroc(table, everything)}
+    estimates |= {f"auroc_{name}": _complete(_macro_auroc(table, columns)) for name, columns in subsets.items()}
+    estimates["average_precision"] = table.macro(
+        "average_precision", everything, minimum=MINIMUM_SUPPORT, floors=table.prevalence, ceiling=1.0
+    )
     for j, key in enumerate(keys):
         estimates[f"auroc_{key}"] = _single(y_true[:, j], margin[:, j], ids)
     if findings is not None:
         estimates["auroc_no_finding"] = no_finding(y_true[:, findings], margin[:, findings], studies)
     for source, truth in others.items():
-        estimates[f"auroc@{source}"] = _Macro(truth, margin, ids, keys).auroc(everything)
+        estimates[f"auroc@{source}"] = _macro_auroc(ranking_table(truth, margin, studies, keys), everything)
     return estimates
 
 
@@ -78,7 +91,9 @@ def multiclass(y_true: Array, probability: Array, margin: Array, studies: Sequen
         "balanced_accuracy": bootstrap_estimate(
             lambda weights: weighted_balanced_accuracy(truth, answer, weights), ids, floor=1 / present, ceiling=1.0
         ),
-        "auroc": _Macro(y_true, margin, ids, [str(k) for k in range(y_true.shape[1])]).auroc(range(y_true.shape[1])),
+        "auroc": _macro_auroc(
+            ranking_table(y_true, margin, studies, [str(k) for k in range(y_true.shape[1])]), range(y_true.shape[1])
+        ),
     }
 
 
@@ -109,62 +124,27 @@ def macro_auroc(y_true: Array, margin: Array, groups: Sequence[Sequence[int]]) -
     return statistic
 
 
-class _Macro:
-    """Means over labels, from one set of resamples: each label's AUROC and average precision in every resample."""
+def ranking_table(y_true: Array, score: Array, studies: Sequence[str], keys: Sequence[str]) -> PerLabel:
+    """AUROC and average precision (`auroc`, `average_precision`) of each label, and in every resample."""
+    known = ~np.isnan(y_true)
+    rankings = [WeightedRanking(y, s, known=k) for y, s, k in zip(y_true.T, score.T, known.T, strict=True)]
 
-    def __init__(self, y_true: Array, score: Array, studies: NDArray[np.str_], keys: Sequence[str]) -> None:
-        self.keys, self.n = keys, len(studies)
-        self.known = ~np.isnan(y_true)
-        self.positives = np.where(self.known, y_true, 0).sum(axis=0).astype(int)
-        self.enough = enough_support(y_true)
-        self.prevalence = self.positives / np.maximum(self.known.sum(axis=0), 1)
-        columns = zip(y_true.T, score.T, self.known.T, strict=True)
-        rankings = [WeightedRanking(y, s, known=known) for y, s, known in columns]
+    def statistic(weights: Weights) -> Array:
+        return np.stack([ranking(weights) for ranking in rankings]).transpose(2, 1, 0)
 
-        def statistic(weights: Weights) -> Array:
-            """AUROC and average precision, (resamples, 2, labels)."""
-            return np.stack([ranking(weights) for ranking in rankings]).T
+    return PerLabel(statistic, y_true, studies, keys, ("auroc", "average_precision"))
 
-        values = statistic(np.ones((1, self.n)))[0]
-        self.values = {"auroc": values[0], "ap": values[1]}
-        samples = resample(statistic, studies)
-        self.samples = {"auroc": samples[:, 0], "ap": samples[:, 1]}
 
-    def auroc(self, columns: Sequence[int], *, complete: bool = False) -> Estimate:
-        """Macro AUROC over the columns with enough support; `complete` says when one is missing."""
-        return self._mean("auroc", columns, floor=lambda used: 0.5, complete=complete)
+def _macro_auroc(table: PerLabel, columns: Sequence[int]) -> Estimate:
+    return table.macro("auroc", columns, minimum=MINIMUM_SUPPORT, floors=np.full(len(table.keys), 0.5), ceiling=1.0)
 
-    def average_precision(self, columns: Sequence[int]) -> Estimate:
-        """Macro average precision; its floor is the mean prevalence."""
-        return self._mean("ap", columns, floor=lambda used: float(self.prevalence[used].mean()), complete=False)
 
-    def _mean(
-        self, what: str, columns: Sequence[int], *, floor: Callable[[list[int]], float], complete: bool
-    ) -> Estimate:
-        used = [j for j in columns if self.enough[j]]
-        left_out = {self.keys[j]: int(self.positives[j]) for j in columns if not self.enough[j]}
-        listed = ", ".join(f"{key} ({count})" for key, count in left_out.items())
-        if not used:
-            nothing = Estimate.undefined(f"no label has {MINIMUM_SUPPORT} positives and negatives", n=self.n)
-            return replace(nothing, extra={"labels": [], "left_out_positives": left_out})
-        samples = self.samples[what][:, used]
-        means = row_means(samples)
-        low, high, undefined = percentile_interval(means)
-        return Estimate(
-            value=float(self.values[what][used].mean()),
-            stderr=standard_error(means),
-            ci95=(low, high),
-            n=self.n,
-            floor=floor(used),
-            ceiling=1.0,
-            method=f"mean over labels; bootstrap over studies, {len(samples)} resamples, percentile",
-            reason=f"incomplete: fewer than {MINIMUM_SUPPORT} positives in {listed}" if complete and left_out else None,
-            extra={
-                "labels": [self.keys[j] for j in used],
-                "left_out_positives": left_out,
-                "undefined_resamples": undefined,
-            },
-        )
+def _complete(estimate: Estimate) -> Estimate:
+    """A mean of labels that are known by name: says which of them is missing."""
+    left_out = ", ".join(f"{key} ({count})" for key, count in estimate.extra["left_out_positives"].items())
+    if not left_out or np.isnan(estimate.value):
+        return estimate
+    return replace(estimate, reason=f"incomplete: fewer than {MINIMUM_SUPPORT} positives in {left_out}")
 
 
 def _single(y_true: Array, score: Array, studies: NDArray[np.str_]) -> Estimate:
@@ -184,13 +164,20 @@ def _single(y_true: Array, score: Array, studies: NDArray[np.str_]) -> Estimate:
 
 
 def no_finding(y_true: Array, margin: Array, studies: Sequence[str]) -> Estimate:
-    """AUROC of No Finding by minus the highest margin; unknown where no finding is positive and one is unknown.
+    """AUROC of No Finding; arguments as for `no_finding_column`, and the study of each row, (n,)."""
+    truth, score = no_finding_column(y_true, margin)
+    return _single(truth, score, np.asarray(studies))
+
+
+def no_finding_column(y_true: Array, margin: Array) -> tuple[Array, Array]:
+    """Truth and score of No Finding, both (n,): minus the highest margin.
+
+    The truth is unknown where no finding is positive and one is unknown.
 
     Args:
         y_true: as in `multilabel`, of the findings alone, shape (n, findings).
-        margin: of these, shape (n, findings).
-        studies: the study of each row, (n,).
+        margin: of these, shape (n, findings); minus infinity for a finding that has no scores.
     """
     any_positive = (y_true == 1).any(axis=1)
     unknown = np.isnan(y_true).any(axis=1) & ~any_positive
-    return _single(np.where(unknown, np.nan, 1.0 - any_positive), -margin.max(axis=1), np.asarray(studies))
+    return np.where(unknown, np.nan, 1.0 - any_positive), -margin.max(axis=1)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from medvlm_harness.data.images import open_reference
 from medvlm_harness.data.labels import resolve
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError
@@ -38,7 +39,7 @@ from medvlm_harness.model_backends.medbridge_adapter import (
 )
 from medvlm_harness.model_backends.tower_tokens import token_tower
 from medvlm_harness.requests import ImageRef
-from medvlm_harness.tracks.base import LABEL_SOURCE_ORDER
+from medvlm_harness.tracks.task_data import LABEL_SOURCE_ORDER
 from medvlm_harness.training.data import TrainingData, Views
 from medvlm_harness.training.loop import Trainable, fit
 from medvlm_harness.training.methods import BaseModel, Method, Trained
@@ -231,7 +232,7 @@ class _Learning(Trainable):
             return [torch.stack(rows) for rows in zip(*(self.kept[image] for image in images), strict=True)]
         pixels: list[list[Tensor]] = [[] for _ in self.encoders]
         for ref in images:
-            image = ref.open()
+            image = open_reference(ref)
             windows = self.drawn() if random else self.sliding
             for encoder, rows in zip(self.encoders, pixels, strict=True):
                 rows.append(view_pixels(encoder, image, windows, self.adapter.config.crop))
@@ -287,7 +288,7 @@ def _named(more_experts: str) -> list[tuple[str, str]]:
 def _build(encoders: Sequence[DualEncoder], labels: int, config: AdapterConfig, image: ImageRef) -> MedBridge:
     """An adapter with fresh weights; the width of each tower's tokens is what it gives for one image."""
     towers = [token_tower(encoder) for encoder in encoders]
-    picture = image.open()
+    picture = open_reference(image)
     widths = []
     for encoder, tower in zip(encoders, towers, strict=True):
         with torch.no_grad():

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from medvlm_harness import plugin
+from medvlm_harness.data.images import open_image
 from medvlm_harness.data.records import Dataset
+from medvlm_harness.perturbations.image import Case, find_corruption
 from medvlm_harness.requests import ImageRef
 from medvlm_harness.tracks import image_prompts
 
@@ -95,6 +97,26 @@ def test_our_backend_writes_the_same_from_the_same_prompt(run: Callable[..., Any
     assert prompt.count("<image>") == len(sample["doc"]["images"]) == 2
     assert texts(stock, IMAGES) == texts(own, IMAGES)
     assert all(len(document[0][0]) > 1 for document in texts(own, IMAGES))
+
+
+def test_both_see_the_perturbed_image(run: Callable[..., Any], demo: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, seen = image_prompts._opened, []
+
+    def watched(ref: ImageRef) -> Image.Image:
+        picture = opened(ref)
+        seen.append((ref.file_sha256, picture.tobytes()))
+        return picture
+
+    monkeypatch.setattr(image_prompts, "_opened", watched)
+    asked: dict[str, Any] = {"metadata": {"perturbation": {"name": "gaussian_noise", "severity": 5}}}
+    stock, own = run(IMAGES, **asked), run(IMAGES, model="medvlm-vlm", model_args={"chat_template": "none"}, **asked)
+    assert texts(stock, IMAGES) == texts(own, IMAGES)
+    case = Case(find_corruption("gaussian_noise", "chest"), 5)
+    files = {image.sha256: demo.path(image) for study in demo.studies for image in study.images}
+    assert {sha for sha, _ in seen} == {one["doc"]["image"] for one in stock["samples"][IMAGES]}
+    for sha, pixels in seen:
+        assert pixels == case(open_image(files[sha]), key=sha).convert("RGB").tobytes()
+    assert stock["medvlm"]["tasks"][IMAGES]["perturbation"]["identity"] == case.identity
 
 
 @pytest.mark.parametrize("model", ["hf-multimodal", "medvlm-vlm"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from lm_eval.api.instance import Instance
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from medvlm_harness.data.images import open_reference
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.language_model import LanguageModelBackend
 from medvlm_harness.model_backends.vlm import VlmBackend
+from medvlm_harness.perturbations.image import Case, find_corruption
 from medvlm_harness.requests import ImageRef
 from medvlm_harness.store import Store
 
@@ -110,6 +113,27 @@ def test_greedy_texts_are_those_of_transformers_at_every_batch_size(
         found = ours(folder, batch_size=batch_size).generate_until(generate(prompts))
         # Transformers leaves what lm-eval takes for a stop string: the text of the end token.
         assert [str(text) for text in found] == [text.partition("</s>")[0] for text in expected]
+
+
+def test_a_perturbed_image_is_answered_as_a_file_of_its_pixels(
+    folder: Path, images: Callable[..., list[ImageRef]], tmp_path: Path
+) -> None:
+    clean = images(2, size=(48, 48))
+    noisy = [ImageRef(ref, ref.path, Case(find_corruption("gaussian_noise", "chest"), 5)) for ref in clean]
+    written = []
+    for k, ref in enumerate(noisy):
+        path = tmp_path / f"{k}.png"
+        open_reference(ref).save(path)
+        written.append(ImageRef(hashlib.sha256(path.read_bytes()).hexdigest(), path))
+
+    def answers(refs: Sequence[ImageRef], batch_size: int = 1) -> list[float]:
+        backend = ours(folder, batch_size=batch_size)
+        return [score for score, _ in backend.loglikelihood(scored([(QUESTION, ANSWERS[0], [ref]) for ref in refs]))]
+
+    expected = answers([*clean, *written])
+    assert len({round(value, 3) for value in expected}) == 4, "the noise must matter"
+    assert answers([*clean, *noisy]) == pytest.approx(expected, abs=1e-5)
+    assert answers([*noisy, *clean], batch_size=3) == pytest.approx(expected[2:] + expected[:2], abs=1e-4)
 
 
 def test_marked_places_decide_where_images_go(folder: Path, images: Callable[..., list[ImageRef]]) -> None:

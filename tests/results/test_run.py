@@ -212,6 +212,16 @@ def test_it_may_be_scored_all_the_same_and_the_result_says_so(run: Callable[...,
     assert contamination["trained_on"] == ["Synthetic"]
 
 
+def test_what_is_fitted_on_a_split_that_was_trained_on_is_said_to_be_optimistic(
+    run: Callable[..., Any], demo: Any
+) -> None:
+    model = seen({"dataset": "demo_cxr", "splits": ["validation"]})
+    results = run(["demo_cxr_view", "demo_cxr_image_use_labels"], model, {"data_dir": str(demo.folder)})
+    notes = {track: task["contamination"]["note"] for track, task in results["medvlm"]["tasks"].items()}
+    assert "fitted on validation is optimistic" in str(notes["demo_cxr_view"])
+    assert notes["demo_cxr_image_use_labels"] is None  # which fits nothing
+
+
 def test_the_splits_it_has_not_seen_are_scored_without_a_note(run: Callable[..., Any]) -> None:
     model = seen("synthetic", {"dataset": "synthetic", "splits": ["train"]}, "MIMIC-CXR")
     contamination = run(["syn_view"], model)["medvlm"]["tasks"]["syn_view"]["contamination"]

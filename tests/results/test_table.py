@@ -126,3 +126,47 @@ def test_a_second_filter_has_a_row_of_factuality_and_of_what_it_changed_alone() 
         "n/a",
     ]
     assert [row[:2] for row in cells(checks)[2:]] == [["t", "none"], ["t", "no_prior"]]
+
+
+# --- subgroups
+
+
+def with_subgroups() -> dict[str, Any]:
+    rate = Estimate(0.25, 0.1, (0.1, 0.4), 50).to_dict()
+    groups = {
+        "F": {"n": 90, "positives": 40, "prevalence": 0.4, "auroc": rate, "fpr": rate, "fnr": rate},
+        "M": {"n": None, "positives": None, "prevalence": None, "reason": "insufficient: fewer than 20 positives"},
+    }
+    labels = {"no_finding": {"groups": groups, "gaps": {}}, "edema": {"groups": groups, "gaps": {}}}
+    metrics = {
+        "auroc": Estimate(0.75, 0.02, (0.7, 0.8), 615, extra={"labels": ["a"], "left_out_positives": {"b": 3}}),
+        "auroc_gap_sex": Estimate(0.125, 0.1, (-0.1, 0.3), 615, extra={"labels": ["a", "b"]}),
+        "fpr_gap_sex": Estimate.undefined("no label has two subgroups of 20", n=615),
+        "fnr_gap_sex": Estimate.undefined("no validation", n=615),
+        "equalized_odds_difference_sex": Estimate.undefined("insufficient: 1 subgroup(s)", n=615),
+        "auroc_gap": Estimate(0.5, 0.1, (0.4, 0.6), 615),  # a label of that name
+    }
+    its = {name: estimate.to_dict() for name, estimate in metrics.items()}
+    return block(metrics=its, subgroups={"sex": labels})
+
+
+def test_gaps_stand_in_one_row_per_attribute_and_not_among_the_metrics() -> None:
+    numbers, _, rest = interval_table(with_subgroups()).partition("Subgroups: the highest")
+    assert [row[1] for row in cells(numbers)[2:]] == ["auroc", "auroc_gap", "n/a"]
+    header, _, row = cells(rest.partition("Subgroups: No Finding")[0])
+    assert header[:4] == ["Task", "Attribute", "Labels", "AUROC"]
+    assert row == ["t", "sex", "2", "0.125 (-0.100 to 0.300)", "insufficient", "undefined", "insufficient", ""]
+
+
+def test_subgroups_stand_there_with_no_finding_and_without_counts_that_are_not_shown() -> None:
+    header, _, *rows = cells(interval_table(with_subgroups()).partition("Subgroups: No Finding")[2])
+    assert header[2:6] == ["Subgroup", "n", "Positives", "AUROC"]
+    assert rows == [
+        ["t", "sex", "F", "90", "40", *["0.250 (0.100 to 0.400)"] * 3],
+        ["t", "sex", "M", "", "", *["insufficient"] * 3],
+    ]
+    assert "Subgroups" not in interval_table(block())
+
+
+def test_a_mean_says_of_how_many_labels_it_is() -> None:
+    assert cells(interval_table(with_subgroups()))[2][-1] == "1 of 2 labels"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from lm_eval.api.instance import Instance
 
-from medvlm_harness.data.records import Dataset
+from medvlm_harness.data.records import Dataset, Image, Study
 from medvlm_harness.metrics.estimate import Estimate
 
 
@@ -19,7 +19,7 @@ class Scored(NamedTuple):
 
     documents: list[dict[str, Any]]
     answers: list[list[Any]]  # per document
-    rows: list[Any]
+    rows: list[Any]  # per document, then those of what is fitted on
     estimates: Mapping[str, Estimate]
     details: dict[str, Any]
     records: list[dict[str, Any]]
@@ -35,7 +35,7 @@ def score() -> Callable[..., Scored]:
     def run(task: Any, answer: Callable[[Sequence[Instance]], Sequence[Any]]) -> Scored:
         documents = task.test_docs()
         answers, rows = [], []
-        for k, document in enumerate(documents):
+        for k, document in enumerate([*documents, *task.fitting_documents]):
             built = task.construct_requests(document, "", metadata=(task.task_name, k, 1))
             answers.append(list(answer(built if isinstance(built, list) else [built])))
             results = task.process_results(document, answers[-1])
@@ -47,7 +47,9 @@ def score() -> Callable[..., Scored]:
             assert isinstance(metric.stderr(rows), float), name
         estimates = task.estimates(rows)
         assert tuple(estimates) == task.metric_names()
-        return Scored(documents, answers, rows, estimates, task.details(), list(task.score_records(task.rows)))
+        return Scored(
+            documents, answers[: len(documents)], rows, estimates, task.details(), list(task.score_records(task.rows))
+        )
 
     return run
 
@@ -71,6 +73,37 @@ def rows_of() -> Callable[..., list[Any]]:
         return rows
 
     return run
+
+
+FINDINGS_OF = {
+    "Cardiomegaly": "The heart is enlarged. The lungs are clear.",
+    "Pleural Effusion": "There is a small left pleural effusion. No pneumothorax.",
+    "Consolidation": "Right lower lobe consolidation. Heart size is normal.",
+    "No Finding": "Lungs are clear. No pleural effusion.",
+}
+
+
+@pytest.fixture(scope="session")
+def four_kinds(
+    tmp_path_factory: pytest.TempPathFactory, write_set: Callable[..., Path], fake_image: Callable[..., Image]
+) -> Path:
+    """160 studies of four kinds: 30 train, 50 validation, 80 test; two test studies have a fracture too."""
+    studies = []
+    for k in range(160):
+        kind = list(FINDINGS_OF)[(k * 7 + k // 9) % 4]
+        labels = {name: int(kind == name) for name in FINDINGS_OF} | {"Fracture": int(k in (100, 120))}
+        studies.append(
+            Study(
+                f"s{k:03}",
+                f"p{k}",
+                (fake_image(f"{k}.png"), fake_image(f"{k}_lateral.png", "lateral")),
+                findings=FINDINGS_OF[kind],
+                impression=f"Impression {k % 7}: {kind.lower()}.",
+                labels={"rules": labels},
+                split="train" if k < 30 else "validation" if k < 80 else "test",
+            )
+        )
+    return write_set(tmp_path_factory.mktemp("four_kinds") / "set", studies)
 
 
 class RadGraphFiles(NamedTuple):

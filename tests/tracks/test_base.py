@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 
 from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError
+from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.requests import LabelScores
 from medvlm_harness.tracks.zero_shot import ZeroShot
 
@@ -161,6 +162,73 @@ def test_samples_are_logged_under_the_number_they_have(folder: Path) -> None:
         one.doc_iterator(samples=[4])
 
 
+# --- documents to fit on
+
+
+class Fitting(ZeroShot):
+    """As a task with thresholds: the validation images beside those of the chosen splits."""
+
+    def make_fitting_documents(self) -> Iterator[dict[str, Any]]:
+        others = (study for study in self.data.studies if study.split == "validation")
+        for study, image, targets in self.labelled(others):
+            yield {**self.document_ids(study, image), "target": targets[self.source], "targets": targets}
+
+    def estimate(self, rows: Sequence[Any]) -> Mapping[str, Estimate]:
+        self.given = [row.study_id for row in rows]
+        return super().estimate([row for row in rows if row.split in self.splits])
+
+
+def fitting_task(folder: Path, **config: Any) -> Fitting:
+    metadata = {"version": 1, "data_dir": str(folder)}
+    return Fitting({"task": "t", "dataset": "synthetic", "labels": ["Edema"], "metadata": metadata, **config})
+
+
+def test_documents_to_fit_on_come_behind_those_that_are_scored(folder: Path) -> None:
+    one = fitting_task(folder)
+    numbered = list(one.doc_iterator())
+    assert [number for number, _ in numbered] == list(range(6))
+    assert [doc["study_id"] for _, doc in numbered] == [*(f"test{k}" for k in range(4)), "validation0", "validation1"]
+    assert [doc for _, doc in numbered][:4] == one.test_docs() == task(folder).test_docs()
+    assert own_part(one) == list(range(6))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_processes_share_them_too(folder: Path, world_size: int) -> None:
+    one = fitting_task(folder)
+    parts = [list(one.doc_iterator(rank=rank, world_size=world_size)) for rank in range(world_size)]
+    own = [item for part in parts for item in part if "stand_in" not in item[1]]
+    assert sorted(number for number, _ in own) == list(range(6))
+    assert dict(own) == dict(one.doc_iterator())
+    assert all(part for part in parts)
+
+
+def test_a_limit_shortens_both_and_samples_leave_none(folder: Path) -> None:
+    one = fitting_task(folder)
+    limited = list(one.doc_iterator(limit=1))
+    assert [(number, doc["study_id"]) for number, doc in limited] == [(0, "test0"), (4, "validation0")]
+    assert [number for number, _ in one.doc_iterator(limit=100)] == list(range(6))
+    assert [doc["study_id"] for _, doc in one.doc_iterator(samples=[2])] == ["test2"]
+
+
+def test_they_are_given_to_the_estimate_and_scored_by_nothing(folder: Path) -> None:
+    one = fitting_task(folder)
+    rows = [one.process_results(doc, [LabelScores((0.0,), (0.5,))])["auroc"] for _, doc in one.doc_iterator()]
+    assert one.estimates(rows[::-1])["auroc_edema"].n == 4
+    assert one.given == [*(f"test{k}" for k in range(4)), "validation0", "validation1"]
+    assert [row.study_id for row in one.rows] == [f"test{k}" for k in range(4)]
+    details = one.details()
+    assert (details["documents"], details["scored"]) == (4, 4)
+    assert {record["study"] for record in one.score_records(one.rows)} == {f"test{k}" for k in range(4)}
+
+
+def test_they_are_never_perturbed(folder: Path) -> None:
+    one = fitting_task(folder, modality="chest", perturbation={"name": "gaussian_noise", "severity": 3})
+    one.build_all_requests()
+    changed = {instance.doc["study_id"] for instance in one.instances if instance.arguments[0].perturbation}
+    assert changed == {f"test{k}" for k in range(4)}
+    assert len(one.instances) == 6
+
+
 # --- several processes
 
 
@@ -218,7 +286,7 @@ def test_a_limit_that_leaves_nothing_is_refused(folder: Path, limit: int) -> Non
 
 
 def test_a_process_without_documents_has_a_stand_in_that_counts_nowhere(folder: Path) -> None:
-    one = task(folder)
+    one = task(folder, split="all")  # nothing beside it to fit on
     gathered, logged = [], []
     for rank in range(3):
         ((number, document),) = one.doc_iterator(rank=rank, world_size=3, limit=1)
@@ -233,7 +301,7 @@ def test_a_process_without_documents_has_a_stand_in_that_counts_nowhere(folder: 
     assert one.as_one_process(logged) == [{"doc_id": 0, "doc": one.documents[0]}]
 
 
-@pytest.mark.parametrize(("asked", "order"), [(None, [0, 1, 2, 3]), ([3, 0, 2], [3, 0, 2])])
+@pytest.mark.parametrize(("asked", "order"), [(None, [0, 1, 2, 3, 4, 5]), ([3, 0, 2], [3, 0, 2])])
 def test_what_processes_log_comes_in_the_order_of_one(folder: Path, asked: list[int] | None, order: list[int]) -> None:
     one = task(folder)
     logged = []
@@ -242,7 +310,8 @@ def test_what_processes_log_comes_in_the_order_of_one(folder: Path, asked: list[
             logged.append({"doc_id": asked[number] if asked else number, "doc": document})  # as lm-eval does
     ordered = one.as_one_process(logged)
     assert [sample["doc_id"] for sample in ordered] == order
-    assert [sample["doc"] for sample in ordered] == [one.documents[number] for number in order]
+    everything = [*one.documents, *one.fitting_documents]  # 4 of test, 2 of validation
+    assert [sample["doc"] for sample in ordered] == [everything[number] for number in order]
 
 
 def test_responses_that_pad_the_shorter_process_are_dropped(folder: Path) -> None:
@@ -251,8 +320,34 @@ def test_responses_that_pad_the_shorter_process_are_dropped(folder: Path) -> Non
     for k, instance in enumerate(one.instances):
         instance.resps = [LabelScores((float(k),), (0.5,))] * (3 if k == len(one.instances) - 1 else 1)
     one.apply_filters()
-    assert [len(instance.resps) for instance in one.instances] == [1] * 4
-    assert [instance.filtered_resps["none"].margin for instance in one.instances] == [(0.0,), (1.0,), (2.0,), (3.0,)]
+    assert [len(instance.resps) for instance in one.instances] == [1] * 6
+    assert [instance.filtered_resps["none"].margin for instance in one.instances] == [(float(k),) for k in range(6)]
+
+
+# --- documents to fit on
+
+
+@pytest.mark.parametrize(("options", "scored", "fitted"), [({}, 4, 2), ({"limit": 1}, 1, 1), ({"samples": [2]}, 1, 0)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_documents_to_fit_on_come_last_and_belong_to_one_process_each(
+    folder: Path, options: dict[str, Any], scored: int, fitted: int, world_size: int
+) -> None:
+    one = task(folder)
+    parts = [list(one.doc_iterator(rank=rank, world_size=world_size, **options)) for rank in range(world_size)]
+    for part in parts:
+        assert [doc["split"] for _, doc in part] == sorted(doc["split"] for _, doc in part)  # test, then validation
+    own = [(number, doc) for part in parts for number, doc in part if "stand_in" not in doc]
+    assert sum(doc["split"] == "test" for _, doc in own) == scored
+    assert sorted(number for number, doc in own if doc["split"] == "validation") == [4, 5][:fitted]
+
+
+def test_rows_to_fit_on_are_not_scored(folder: Path, score: Callable[..., Any]) -> None:
+    one = task(folder)
+    result = score(one, constant)
+    assert [row.split for row in result.rows] == ["test"] * 4 + ["validation"] * 2
+    assert [row.study_id for row in one.rows] == ["test0", "test1", "test2", "test3"]
+    assert (result.details["documents"], result.details["scored"]) == (4, 4)
+    assert {record["split"] for record in result.records} == {"test"}
 
 
 def test_there_are_no_few_shot_examples(folder: Path) -> None:

@@ -88,6 +88,7 @@ def test_the_first_frontal_image_of_each_study_is_learnt_from_and_scored(rows_of
         "studies": len(sides[1]),
         "studies_without_frontal_image": 80 - len(sides[1]),
         "training_studies": len(sides[0]),
+        "validation_studies_to_fit_on": 0,
     }
     records = list(one.score_records(one.rows))
     assert {record["image"] for record in records} == {image.file for image in sides[1].values()}

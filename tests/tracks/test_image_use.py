@@ -181,6 +181,14 @@ def test_without_a_label_of_enough_support_nothing_is_claimed(folder: Path, scor
     assert all(np.isnan(one.value) and one.reason for one in scored.estimates.values())
 
 
+def test_nothing_is_fitted(demo: Dataset) -> None:
+    one = labels_task(demo.folder, dataset="demo_cxr", labels=["Cardiomegaly"], subsets={})
+    assert "validation" in {study.split for study in one.data.studies}
+    assert one.fitting_documents == [] and "fitted_on" not in one.details()
+    with pytest.raises(UserError, match="unknown key 'scaling'"):
+        labels_task(demo.folder, scaling="platt")
+
+
 def test_an_encoder_would_be_asked_for_no_indication(folder: Path) -> None:
     _, texts = distinct_inputs(labels_task(folder))
     assert set(texts) == {phrase for name in NAMES for phrase in (name.lower(), f"no {name.lower()}")}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,56 @@ def test_rows_may_come_in_any_order(folder: Path, scored: Any) -> None:
     assert {k: v.value for k, v in found.items()} == pytest.approx(
         {k: v.value for k, v in one.estimates(rows).items()}, nan_ok=True
     )
+
+
+def test_how_far_the_mean_scores_can_be_trusted_with_validation_to_fit_on(
+    rows_of: RowsOf, folder: Path, tmp_path: Path, write_set: Callable[..., Path]
+) -> None:
+    def validation(study: Study) -> bool:
+        return study.split == "test" and int(study.study_id[1:]) % 2 == 0
+
+    studies = [replace(s, split="validation") if validation(s) else s for s in read_dataset(folder).studies]
+    options = {"no_finding": {"except": []}, "metadata": {"label_source": "rules"}}
+    one, usual = (task(where, **options) for where in (write_set(tmp_path / "set", studies), folder))
+    estimates = one.estimates(rows_of(one, encoder))
+    usual.estimates(rows_of(usual, encoder))
+    assert tuple(estimates) == one.metric_names()
+    asked = {s.study_id for s in studies if s.findings and s.split == "test"}
+    assert {row.study_id for row in one.rows} == asked
+    assert one.details()["fitted_on"]["items"] == sum(bool(s.findings) and s.split == "validation" for s in studies)
+    # The probes and what they say of a study do not depend on what is fitted on them.
+    written = {(r["study"], r["label"]): r for r in usual.score_records(usual.rows)}
+    own = list(one.score_records(one.rows))
+    assert {record["study"] for record in own} == asked
+    for record in own:
+        same = written[record["study"], record["label"]]
+        assert record.get("margin") == pytest.approx(same.get("margin"), abs=1e-9)
+    # By hand, of the scores as they are written.
+    errors = {name: [] for name in ("Cardiomegaly", "Edema")}
+    for record in own:
+        if record["target"] is not None and record["label"] in errors:
+            errors[record["label"]].append((record["probability"] - record["target"]) ** 2)
+    calibration = one.details()["calibration"]
+    for name, its in errors.items():
+        assert calibration[name.lower()]["brier"]["value"] == pytest.approx(np.mean(its))
+    assert calibration["cardiomegaly"]["scaling"]["fitted"] == "shared temperature"
+    assert "two of each are needed" in calibration["fracture"]["brier"]["reason"]
+    assert "two of each are needed" in one.details()["operating_points"]["youden"]["fracture"]["threshold"]["reason"]
+    assert "cardiomegaly" in estimates["aurc"].extra["labels"]
+    assert "fracture" in estimates["aurc"].extra["left_out_positives"]
+
+
+def test_a_patient_that_the_probe_learns_from_is_not_fitted_on(
+    folder: Path, tmp_path: Path, write_set: Callable[..., Path]
+) -> None:
+    studies = [
+        replace(s, split="validation", patient_id="p0" if s.study_id == "s200" else s.patient_id)
+        if s.study_id in ("s200", "s202")
+        else s
+        for s in read_dataset(folder).studies
+    ]
+    one = task(write_set(tmp_path / "set", studies))
+    assert [doc["study_id"] for doc in one.fitting_documents] == ["s202"]
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("prior", 0.5, 0.5), ("random", 0.2, 0.8), ("oracle", 0.99, 1.0)])

@@ -73,6 +73,7 @@ def test_one_document_per_study_with_findings_whether_it_has_images_or_not(
         "scored_without_image": sum(not study.images for study in studies),
         "studies_without_findings": 9,
         "studies_without_target": 0,
+        "validation_studies_to_fit_on": 0,
     }
     assert 0 < result.details["counts"]["scored_without_image"] < 81
     assert {record["image"] for record in result.records} == {None}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def test_one_document_per_image_of_the_views_and_the_rest_is_counted(folder: Pat
         "images": len(frontal),
         "images_of_other_views": len(everything) - len(frontal),
         "images_without_target": 0,
+        "validation_studies_to_fit_on": 10,
     }
     assert json.loads(json.dumps(result.documents, allow_nan=False)) == result.documents
 
@@ -228,7 +230,7 @@ def test_estimates_are_computed_once_for_a_set_of_rows(
     monkeypatch.setattr(ZeroShot, "estimate", lambda self, rows: calls.append(len(rows)) or real(self, rows))
     one = task(folder, labels=["Lung Opacity"])
     result = score(one, noise)
-    one.estimates(one.rows)
+    one.estimates(result.rows)
     one.estimates(result.rows[::-1])
     assert calls == [len(result.rows)]
     one.estimates(result.rows[:50])
@@ -239,7 +241,8 @@ def test_images_of_one_study_are_resampled_together(folder: Path, score: Callabl
     plain = score(task(folder, labels=["Lung Opacity"], views=None), noise)
     # Negative control: the same images as studies of their own have another standard error.
     alone = task(folder, labels=["Lung Opacity"], views=None)
-    rows = [type(r)(f"{r.study_id}-{r.image}", r.image, r.patient_id, r.split, r.scores, r.targets) for r in plain.rows]
+    rows = [replace(row, study_id=f"{row.study_id}-{row.image}") for row in plain.rows]
+    alone._subgroups = {row.study_id: {} for row in rows}
     one, other = plain.estimates["auroc_lung_opacity"], alone.estimates(rows)["auroc_lung_opacity"]
     assert one.value == other.value
     assert one.stderr != other.stderr
