@@ -16,12 +16,17 @@ __all__ = [
     "ModelCard",
     "RadGraphEntities",
     "ReportGeneration",
+    "ReportGenerationRobustness",
     "Retrieval",
+    "RetrievalRobustness",
     "Summarization",
+    "SummarizationRobustness",
     "TextProbe",
     "TextRetrieval",
     "TextZeroShot",
+    "TextZeroShotRobustness",
     "ZeroShot",
+    "ZeroShotRobustness",
     "__version__",
 ]
 
@@ -38,12 +43,17 @@ _LAZY = {
     "ModelCard": "medvlm_harness.model_backends.cards",
     "RadGraphEntities": "medvlm_harness.tracks.radgraph_entities",
     "ReportGeneration": "medvlm_harness.tracks.report_generation",
+    "ReportGenerationRobustness": "medvlm_harness.tracks.writing_robustness",
     "Retrieval": "medvlm_harness.tracks.retrieval",
+    "RetrievalRobustness": "medvlm_harness.tracks.retrieval_robustness",
     "Summarization": "medvlm_harness.tracks.summarization",
+    "SummarizationRobustness": "medvlm_harness.tracks.writing_robustness",
     "TextProbe": "medvlm_harness.tracks.text_probe",
     "TextRetrieval": "medvlm_harness.tracks.text_retrieval",
     "TextZeroShot": "medvlm_harness.tracks.text_zero_shot",
+    "TextZeroShotRobustness": "medvlm_harness.tracks.zero_shot_robustness",
     "ZeroShot": "medvlm_harness.tracks.zero_shot",
+    "ZeroShotRobustness": "medvlm_harness.tracks.zero_shot_robustness",
 }
 
 

@@ -14,11 +14,16 @@ import yaml
 
 from medvlm_harness.errors import UserError, near_matches
 
-__all__ = ["TRACKS", "Summary", "check_file", "declared_names", "summarise", "yaml_files"]
+__all__ = ["TRACKS", "Summary", "check_file", "declared_names", "declared_tags", "summarise", "yaml_files"]
 
 # Class named in YAML -> the keys its track reads, as "module:attribute"; each track keeps its keys beside its code.
 TRACKS = {
     "ZeroShot": "medvlm_harness.tracks.zero_shot",
+    "ZeroShotRobustness": "medvlm_harness.tracks.zero_shot_robustness",
+    "TextZeroShotRobustness": "medvlm_harness.tracks.zero_shot_robustness",
+    "RetrievalRobustness": "medvlm_harness.tracks.retrieval_robustness",
+    "SummarizationRobustness": "medvlm_harness.tracks.writing_robustness",
+    "ReportGenerationRobustness": "medvlm_harness.tracks.writing_robustness",
     "Retrieval": "medvlm_harness.tracks.retrieval",
     "Summarization": "medvlm_harness.tracks.summarization",
     "ReportGeneration": "medvlm_harness.tracks.report_generation",
@@ -86,6 +91,20 @@ def declared_names(folder: Path) -> dict[str, Path]:
         if name := check_file(path):
             names[name] = path
     return names
+
+
+def declared_tags(folder: Path) -> dict[str, list[str]]:
+    """Tag -> the tasks below a folder that have it; lm-eval runs them all under that name.
+
+    Raises:
+        UserError: as `declared_names`.
+    """
+    tags: dict[str, list[str]] = {}
+    for name, path in declared_names(folder).items():
+        named = _load(path).get("tag") or []
+        for tag in [named] if isinstance(named, str) else named:
+            tags.setdefault(str(tag), []).append(name)
+    return tags
 
 
 class Summary(NamedTuple):

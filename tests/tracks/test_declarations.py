@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 
 from medvlm_harness import plugin
 from medvlm_harness.errors import UserError
-from medvlm_harness.tracks.declarations import TRACKS, check_file, declared_names, summarise, yaml_files
+from medvlm_harness.tracks.declarations import TRACKS, check_file, declared_names, declared_tags, summarise, yaml_files
 
 TASKS = plugin.tasks_folder()
 PACKAGED = list(yaml_files(TASKS))
@@ -72,7 +72,7 @@ def test_each_declaration_has_a_version(path: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_readme_names_every_task_and_group_of_its_folder(folder: Path) -> None:
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    missing = [name for name in declared_names(folder) if f"`{name}`" not in readme]
+    missing = [name for name in (*declared_names(folder), *declared_tags(folder)) if f"`{name}`" not in readme]
     assert not missing
 
 
@@ -99,6 +99,15 @@ def test_the_report_reading_ceiling_asks_what_the_images_are_asked(name: str, ou
     loaded = TaskManager().load([f"{name}_{track}" for track in tracks])["tasks"].values()
     assert len({task.label_set.labels for task in loaded}) == 1
     assert len({(tuple(task.subsets), task.no_finding_except) for task in loaded}) == 1
+
+
+def test_a_tag_names_its_tasks_beside_the_pattern(ours_alone: None) -> None:
+    tags = declared_tags(TASKS)
+    assert tags["iu_cxr_robustness"] == ["iu_cxr_robustness_retrieval", "iu_cxr_robustness_zeroshot"]
+    manager = TaskManager()
+    for tag, tasks in tags.items():
+        assert sorted(manager.load([tag])["tasks"]) == sorted(tasks)
+        assert set(tasks) < set(declared_names(TASKS)) - {tag}
 
 
 def test_a_summary_says_track_and_data_set() -> None:
