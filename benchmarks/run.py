@@ -18,7 +18,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("encode", "peer", "warm", "bootstrap", "retrieval", "startup", "text", "memory", "vlm")
+NAMES = ("encode", "corrupt", "peer", "warm", "bootstrap", "retrieval", "startup", "text", "memory", "vlm")
 
 
 def main() -> None:
