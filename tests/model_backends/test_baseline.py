@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,7 @@ def test_without_a_text_the_way_to_give_one_is_named() -> None:
     ],
 )
 def test_a_kind_does_its_own_tasks_alone_and_says_why(kind: Any, need: str, reason: str | None) -> None:
-    task = type("Track", (), {"is_medvlm": True, "NEEDS": frozenset({need})})()
+    task = SimpleNamespace(is_medvlm=True, NEEDS=frozenset({need}), refuses=lambda lm: None)
     found = unsupported_reason(BaselineBackend(kind=kind), task)
     assert found is None if reason is None else found is not None and found.endswith(reason)
 

@@ -158,7 +158,7 @@ def test_a_task_that_it_cannot_do_is_known_before_the_run(trained: Path) -> None
 
     def task(labels: Any) -> SimpleNamespace:
         label_set = LabelSet.from_config("labels", labels)
-        return SimpleNamespace(is_medvlm=True, NEEDS={"classify:image"}, label_set=label_set)
+        return SimpleNamespace(is_medvlm=True, NEEDS={"classify:image"}, label_set=label_set, refuses=lambda lm: None)
 
     assert unsupported_reason(model, task(["Edema"])) is None
     assert "independent labels" in str(unsupported_reason(model, task(options)))
