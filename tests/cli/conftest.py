@@ -43,6 +43,13 @@ class Outcome(NamedTuple):
         assert "Traceback" not in self.err
         return error.removeprefix("error: ")
 
+    @property
+    def refusal(self) -> str:
+        """The one line of a command that was refused: status 2, and nothing on standard output."""
+        assert self.status == 2
+        assert self.out == ""
+        return self.error
+
 
 @pytest.fixture(autouse=True)
 def nothing_of_this_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
