@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from medvlm_harness.data.chexpert import label_key
 from medvlm_harness.errors import UserError, near_matches
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ class Label:
     @property
     def key(self) -> str:
         """The label's name in metric names: lower case, underscores for spaces."""
-        return self.name.lower().replace(" ", "_")
+        return label_key(self.name)
 
 
 @dataclass(frozen=True, slots=True)

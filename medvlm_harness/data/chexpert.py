@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["CHEXPERT_5", "CHEXPERT_13", "CHEXPERT_14", "canonical_name"]
+__all__ = ["CHEXPERT_5", "CHEXPERT_13", "CHEXPERT_14", "NO_FINDING", "canonical_name", "label_key"]
 
+NO_FINDING = "No Finding"
 CHEXPERT_14 = (
-    "No Finding",
+    NO_FINDING,
     "Enlarged Cardiomediastinum",
     "Cardiomegaly",
     "Lung Lesion",
@@ -23,7 +24,17 @@ CHEXPERT_14 = (
 CHEXPERT_13 = CHEXPERT_14[1:]  # without No Finding
 CHEXPERT_5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # the paper's five
 
-_BY_KEY = {name.lower().replace(" ", "_"): name for name in CHEXPERT_14}
+
+def label_key(name: str) -> str:
+    """A label's name in metric names: lower case, underscores for spaces.
+
+    >>> label_key("Pleural Effusion")
+    'pleural_effusion'
+    """
+    return name.lower().replace(" ", "_")
+
+
+_BY_KEY = {label_key(name): name for name in CHEXPERT_14}
 
 
 def canonical_name(column: str) -> str | None:
@@ -34,4 +45,4 @@ def canonical_name(column: str) -> str | None:
     >>> canonical_name("filename") is None
     True
     """
-    return _BY_KEY.get(column.strip().lower().replace(" ", "_").removeprefix("chexpert_"))
+    return _BY_KEY.get(label_key(column.strip()).removeprefix("chexpert_"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from medvlm_harness.requests import ImageRef
 from medvlm_harness.tracks.base import MedicalTask
 from medvlm_harness.tracks.rows import Row
 
-__all__ = ["ConditionsRow", "ConditionsTask", "under"]
+__all__ = ["ConditionsRow", "ConditionsTask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class ConditionsRow(Row):
 
 class ConditionsTask(MedicalTask):
     """A task that asks each question once per condition; the first is the study's own image and text as they are.
+
+    A subclass has a track beside this one, whose rows and score records these are, once per condition.
 
     YAML: `substitutes`, a list of other (another patient's image of the same view and split), blank (uniform grey) and
     mean (the train split's mean image), each a condition. --metadata substitution_seed=N draws other patients.
@@ -93,14 +95,30 @@ class ConditionsTask(MedicalTask):
             ImageRef(*self.substitution(kind, image), change if kind == "other" else None) for kind in self.substitutes
         ]
 
-    def row_of_conditions(self, doc: Mapping[str, Any], rows: Sequence[Row]) -> ConditionsRow:
-        """The rows of one document as one."""
+    @cached_property
+    def images_by_file(self) -> dict[str, Image]:
+        """The images of the chosen splits, by the names of their files."""
+        return {image.file: image for study in self.studies for image in study.images}
+
+    def make_row(self, doc: Mapping[str, Any], results: Sequence[Any]) -> Any:
+        """The rows of one document, one per condition, as one."""
+        make_row = super().make_row  # type: ignore[safe-super]  # that of the track beside
         ids = doc["study_id"], doc["patient_id"], doc["split"], doc.get("file", "")
-        return ConditionsRow(*ids, tuple(rows))
+        return ConditionsRow(*ids, tuple(make_row(doc, [one]) for one in results))
 
     def by_condition(self, rows: Sequence[ConditionsRow]) -> dict[str, list[Any]]:
         """Condition -> the rows of all documents."""
         return {name: [row.conditions[k] for row in rows] for k, name in enumerate(self.conditions)}
+
+    def score_records(self, rows: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """Records under each condition; those of other conditions than the first are called `label@condition`."""
+        for condition, its in self.by_condition(rows).items():
+            for record in super().score_records(its):  # type: ignore[safe-super]  # that of the track beside
+                yield {**record, "label": self.label_under(record["label"], condition)}
+
+    def label_under(self, label: str, condition: str) -> str:
+        """What a score is called in scores.parquet."""
+        return label if condition == self.conditions[0] else f"{label}@{condition}"
 
     def details(self) -> dict[str, Any]:
         """Adds the conditions and the seed."""
@@ -109,8 +127,3 @@ class ConditionsTask(MedicalTask):
             "conditions": list(self.conditions),
             "substitution_seed": self.substitution_seed,
         }
-
-
-def under(label: str, condition: str, first: str) -> str:
-    """What a score is called in scores.parquet: `label@condition`, and under the first condition by itself."""
-    return label if condition == first else f"{label}@{condition}"

@@ -6,7 +6,7 @@ loses by that is what it takes from the image. One that loses nothing answers by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,8 +18,8 @@ from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.paired import paired_estimates, paired_names
-from medvlm_harness.requests import ImageRef, LabelScores, TextRef
-from medvlm_harness.tracks.conditions import ConditionsRow, ConditionsTask, under
+from medvlm_harness.requests import ImageRef, TextRef
+from medvlm_harness.tracks.conditions import ConditionsRow, ConditionsTask
 from medvlm_harness.tracks.perturbed import Perturbable
 from medvlm_harness.tracks.report_generation import ReportGeneration
 from medvlm_harness.tracks.text_scorer import LABELS
@@ -75,10 +75,6 @@ class ImageUseLabels(ImageUse, ZeroShot):
         return None
 
     @cached_property
-    def _images(self) -> dict[str, Image]:
-        return {image.file: image for study in self.studies for image in study.images}
-
-    @cached_property
     def _indications(self) -> dict[str, tuple[TextRef, ...]]:
         """Study id -> the indication as an argument, or none."""
         texts = {study.study_id: self.as_asked(study).indication.strip() for study in self.studies}
@@ -89,12 +85,8 @@ class ImageUseLabels(ImageUse, ZeroShot):
         rest = (self.request_labels, *self._indications[doc["study_id"]])
         return [
             Instance("classify", doc, (ref, *rest), k, metadata=kwargs["metadata"])
-            for k, ref in enumerate(self.under_conditions(self._images[doc["file"]]))
+            for k, ref in enumerate(self.under_conditions(self.images_by_file[doc["file"]]))
         ]
-
-    def make_row(self, doc: Mapping[str, Any], results: Sequence[LabelScores]) -> ConditionsRow:  # type: ignore[override]
-        """Scores under each condition."""
-        return self.row_of_conditions(doc, [super(ImageUseLabels, self).make_row(doc, [one]) for one in results])
 
     # --- metrics
 
@@ -124,12 +116,6 @@ class ImageUseLabels(ImageUse, ZeroShot):
             },
         )
 
-    def score_records(self, rows: Sequence[ConditionsRow]) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """One record per image, label and condition; those of substitutes are called `label@substitute`."""
-        for condition, its in self.by_condition(rows).items():
-            for record in super().score_records(its):
-                yield {**record, "label": under(record["label"], condition, TRUE)}
-
 
 class ImageUseReports(ImageUse, ReportGeneration):
     """`generate_until` requests with images, one per study and condition: ROUGE-L and label F1, and the differences.
@@ -151,10 +137,6 @@ class ImageUseReports(ImageUse, ReportGeneration):
         """The chosen images, and what stands for them."""
         per_image = [self.under_conditions(image) for image in self.chosen_images(study)]
         return [list(refs) for refs in zip(*per_image, strict=True)]
-
-    def make_row(self, doc: Mapping[str, Any], results: Sequence[str]) -> ConditionsRow:  # type: ignore[override]
-        """What was written under each condition."""
-        return self.row_of_conditions(doc, [super(ImageUseReports, self).make_row(doc, [one]) for one in results])
 
     # --- metrics
 
@@ -191,9 +173,3 @@ class ImageUseReports(ImageUse, ReportGeneration):
     def label_details(self) -> dict[str, Any]:
         """Nothing: label F1 of each label is of one set of texts."""
         return {}
-
-    def score_records(self, rows: Sequence[ConditionsRow]) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """One record per study, score and condition; those of substitutes are called `score@substitute`."""
-        for condition, its in self.by_condition(rows).items():
-            for record in super().score_records(its):
-                yield {**record, "label": under(record["label"], condition, TRUE)}

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
 
-from medvlm_harness.data.records import Image
 from medvlm_harness.metrics.bootstrap import Weights
 from medvlm_harness.metrics.consistency import consistency_estimates
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.retrieval import chance, rank_queries_by, recall_at
 from medvlm_harness.metrics.robustness import CLEAN, Measure, robustness_estimates
 from medvlm_harness.requests import Embedding, TextRef
-from medvlm_harness.tracks.conditions import under
 from medvlm_harness.tracks.retrieval import Retrieval, study_texts
 from medvlm_harness.tracks.robustness import GATE, IMAGES, REPORTS, RobustnessTask
 from medvlm_harness.tracks.rows import Row
@@ -68,14 +65,10 @@ class RetrievalRobustness(RobustnessTask, Retrieval):
 
     # --- requests
 
-    @cached_property
-    def _image_of(self) -> dict[str, Image]:
-        return {study.study_id: image for study in self.studies if (image := self._image(study)) is not None}
-
     def _both_sides(self, doc: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The image, and the report, under each condition; the other side's is the clean one again."""
         image, report = self.image_ref(doc), TextRef(self._texts[doc["study_id"]]["report"])
-        stand_ins = self.stand_ins(self._image_of[doc["study_id"]]) if self.substitutes else []
+        stand_ins = self.stand_ins(self.images_by_file[doc["file"]])
         if self.of == IMAGES:
             images, reports = [image, *map(image.perturbed, self.cases)], [report] * (1 + len(self.cases))
         else:
@@ -100,14 +93,6 @@ class RetrievalRobustness(RobustnessTask, Retrieval):
         return PairRow(*ids, tuple(found[one] for one in images), tuple(found[one] for one in reports), str(reports[0]))
 
     # --- metrics
-
-    def metric_names(self) -> tuple[str, ...]:
-        """See `headline`."""
-        return self.headline()
-
-    def lower_is_better(self) -> frozenset[str]:
-        """See `RobustnessTask`."""
-        return RobustnessTask.lower_is_better(self)
 
     def estimate(self, rows: Sequence[PairRow]) -> Mapping[str, Estimate]:
         """Each condition on the same studies and resamples; queries are resampled, the gallery stays."""
@@ -154,7 +139,7 @@ class RetrievalRobustness(RobustnessTask, Retrieval):
         for condition, recalls in self._recalls.items():
             for row, values in zip(rows, recalls.tolist(), strict=True):
                 for direction, value in zip(self.DIRECTIONS, values, strict=True):
-                    yield self.score_record(row, under(direction, condition, CLEAN), value=value)
+                    yield self.score_record(row, self.label_under(direction, condition), value=value)
 
 
 def _first(images: NDArray[np.float32], reports: NDArray[np.float32], report_ids: Sequence[str]) -> NDArray[np.str_]:

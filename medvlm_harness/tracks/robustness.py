@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from medvlm_harness.data.chexpert import NO_FINDING
 from medvlm_harness.data.labels import resolve
 from medvlm_harness.data.records import Study
-from medvlm_harness.data.stratified import StratifiedStudies, stratified_studies
+from medvlm_harness.data.stratified import stratified_studies
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.metrics.consistency import QUADRANTS
 from medvlm_harness.metrics.estimate import Estimate
@@ -31,7 +32,6 @@ IMAGES, PROMPTS, REPORTS = "images", "prompts", "reports"
 GATE = "other_image"  # by which reliance on the image is judged
 SUITES = ("quick", "full")
 QUICK_STUDIES = 300
-NO_LABELS = {"No Finding"}
 # What images of a modality are called in prompts.
 IMAGE_WORDS = {"chest": "chest x-ray", "ct": "CT image", "mri": "MR image", "fundus": "fundus photograph"}
 
@@ -101,6 +101,7 @@ class RobustnessTask(ConditionsTask):
                 raise UserError(
                     f"{self.task_name}: expected {what} of perturbation to be {' or '.join(known)}, but got {value!r}."
                 )
+        self._found: Mapping[str, Estimate] = {}
         self.perturbation_seed = self.seed("perturbation_seed")
         self.cases: tuple[Any, ...] = self._cases()
         if self.declared.get("substitutes") is None:
@@ -150,27 +151,22 @@ class RobustnessTask(ConditionsTask):
 
     # --- studies
 
-    @cached_property
-    def studies(self) -> tuple[Study, ...]:
-        """Of the chosen splits the studies with an image and a report, as many as wanted; labels keep positives.
+    def choose(self, studies: Sequence[Study]) -> list[Study]:
+        """Those with an image and a report, as many as wanted, so that labels keep positives.
 
         Every robustness task over a set has the same ones, whose clean answers they share.
         """
-        able = {s.study_id: s for s in super().studies if s.images and (s.findings.strip() or s.impression.strip())}
-        chosen = self._choose(list(able.values()))
-        return tuple(able[study_id] for study_id in sorted(chosen.study_ids))
-
-    def _choose(self, studies: Sequence[Study]) -> StratifiedStudies:
+        able = [study for study in studies if study.images and (study.findings.strip() or study.impression.strip())]
         manifest = self.data.manifest
-        names = [name for name in manifest.label_names if name not in NO_LABELS] if manifest.label_sources else []
-        known = [study.labels.get(self.label_source) for study in studies] if names else []
+        names = [name for name in manifest.label_names if name != NO_FINDING] if manifest.label_sources else []
+        known = [study.labels.get(self.label_source) for study in able] if names else []
         self.choice = stratified_studies(
-            [study.study_id for study in studies],
+            [study.study_id for study in able],
             [[resolve(labels, name) for name in names] for labels in known],
             keys=names,
-            n=len(studies) if self.wanted is None else self.wanted,
+            n=self.wanted or len(able),
         )
-        return self.choice
+        return [study for study in able if study.study_id in self.choice.study_ids]
 
     # --- a reference run
 
@@ -221,12 +217,8 @@ class RobustnessTask(ConditionsTask):
             "data": self.data.sha256,
             "split": "+".join(self.splits),
             "studies": len(self.studies),
-            "cases": self.identities(),
+            "cases": {case.name: case.identity for case in self.cases},
         }
-
-    def identities(self) -> dict[str, str]:
-        """Case -> all that decides what it does to an input."""
-        return {case.name: case.identity for case in self.cases}
 
     def prepare_for(self, lm: Any) -> None:
         """A wrong reference ends the run before anything is asked."""
@@ -236,11 +228,7 @@ class RobustnessTask(ConditionsTask):
     # --- metrics
 
     def metric_names(self) -> tuple[str, ...]:
-        """What goes into lm-eval's table; details() has every condition."""
-        return self.headline()
-
-    def headline(self) -> tuple[str, ...]:
-        """Clean score, drops (mean, and of each kind), retention, errors, worst case; reliance; flips and quadrants."""
+        """Clean score, drops, retention, errors, worst case; flips, reliance and quadrants. details() has the rest."""
         names = []
         for measure in self.MEASURES:
             kinds = ["clean", "drop", *(f"drop_{group}" for group in self.compared.groups), "retention"]
@@ -262,8 +250,6 @@ class RobustnessTask(ConditionsTask):
         """Keeps all estimates for details(); what is in the headline."""
         self._found = found
         return {name: found[name] for name in self.metric_names()}
-
-    _found: Mapping[str, Estimate] = {}
 
     # --- results
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from medvlm_harness.data.chexpert import NO_FINDING
 from medvlm_harness.data.labels import resolve
 from medvlm_harness.data.records import Study
 from medvlm_harness.metrics.bootstrap import bootstrap_estimate, bootstrap_means, weighted_median
@@ -32,7 +33,6 @@ from medvlm_harness.tracks.rows import Row
 __all__ = ["KS", "SearchRow", "SearchTask", "Side", "Variant", "numbered", "truncated_share"]
 
 KS = (1, 5, 10)
-NO_LABELS = {"No Finding"}
 PerQuery = Callable[[RankedQueries], NDArray[np.float64]]
 Hit = Literal["strict", "text", "labels"]
 
@@ -91,7 +91,7 @@ class SearchTask(MedicalTask):
         labels = study.labels.get(self.label_source)
         if labels is None:
             return None
-        return sorted(name for name in labels if name not in NO_LABELS and resolve(labels, name) == 1)
+        return sorted(name for name in labels if name != NO_FINDING and resolve(labels, name) == 1)
 
     # --- metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,7 +45,7 @@ class TaskData:
 
     @cached_property
     def studies(self) -> tuple[Study, ...]:
-        """The studies of the chosen splits, sorted by id.
+        """The studies of the chosen splits, sorted by id; of a track that takes some alone, those.
 
         Raises:
             UserError: if there are none.
@@ -56,7 +57,11 @@ class TaskData:
                 f"{self.task_name}: no study of {self.data.manifest.name} is in split {'+'.join(self.splits)} "
                 f"(it has {', '.join(have)})."
             )
-        return chosen
+        return tuple(self.choose(chosen))
+
+    def choose(self, studies: Sequence[Study]) -> Sequence[Study]:
+        """Of the studies of the chosen splits those that the track takes: all, unless it says otherwise."""
+        return studies
 
     @cached_property
     def by_id(self) -> dict[str, Study]:

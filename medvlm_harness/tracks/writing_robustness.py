@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
 
-from medvlm_harness.data.chexpert import CHEXPERT_14
+from medvlm_harness.data.chexpert import CHEXPERT_14, label_key
 from medvlm_harness.data.records import Study
 from medvlm_harness.metrics.consistency import consistency_estimates
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.metrics.robustness import CLEAN, Measure, robustness_estimates
+from medvlm_harness.metrics.robustness import Measure, robustness_estimates
 from medvlm_harness.requests import ImageRef
-from medvlm_harness.tracks.conditions import ConditionsRow, under
+from medvlm_harness.tracks.conditions import ConditionsRow
 from medvlm_harness.tracks.generation import TextRow
 from medvlm_harness.tracks.report_generation import ReportGeneration
 from medvlm_harness.tracks.robustness import GATE, IMAGES, REPORTS, RobustnessTask
@@ -25,7 +25,7 @@ from medvlm_harness.tracks.text_scorer import TextScorer
 
 __all__ = ["ReportGenerationRobustness", "SummarizationRobustness"]
 
-FINDING_KEYS = tuple(name.lower().replace(" ", "_") for name in CHEXPERT_14)
+FINDING_KEYS = tuple(map(label_key, CHEXPERT_14))
 
 
 class WritingRobustness(RobustnessTask, ScoredTexts):
@@ -44,19 +44,7 @@ class WritingRobustness(RobustnessTask, ScoredTexts):
         super().read_declaration()
         self.read_suite()
 
-    def make_row(self, doc: Mapping[str, Any], results: Sequence[str]) -> ConditionsRow:  # type: ignore[override]
-        """What was written under each condition."""
-        return self.row_of_conditions(doc, [super(WritingRobustness, self).make_row(doc, [one]) for one in results])
-
     # --- metrics
-
-    def metric_names(self) -> tuple[str, ...]:
-        """See `headline`."""
-        return self.headline()
-
-    def lower_is_better(self) -> frozenset[str]:
-        """See `RobustnessTask`."""
-        return RobustnessTask.lower_is_better(self)
 
     def estimate(self, rows: Sequence[ConditionsRow]) -> Mapping[str, Estimate]:  # type: ignore[override]
         """Each condition on the same studies and resamples."""
@@ -91,12 +79,6 @@ class WritingRobustness(RobustnessTask, ScoredTexts):
         """Nothing: label F1 of each label is of one set of texts."""
         return {}
 
-    def score_records(self, rows: Sequence[ConditionsRow]) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """One record per study, score and condition; those of other conditions are called `score@condition`."""
-        for condition, its in self.by_condition(rows).items():
-            for record in super().score_records(its):
-                yield {**record, "label": under(record["label"], condition, CLEAN)}
-
 
 class ReportGenerationRobustness(WritingRobustness, ReportGeneration):
     """Of images: findings written from corrupted ones; all images of a study that are shown are perturbed or replaced.
@@ -111,7 +93,7 @@ class ReportGenerationRobustness(WritingRobustness, ReportGeneration):
     def shown(self, study: Study) -> list[list[ImageRef]]:
         """The chosen images, corrupted ones, and what stands for them."""
         own = self.refs_of(study)
-        stand_ins = [self.stand_ins(image) for image in self.chosen_images(study)] if self.substitutes else []
+        stand_ins = [self.stand_ins(image) for image in self.chosen_images(study)]
         return [
             own,
             *([ref.perturbed(case) for ref in own] for case in self.cases),

@@ -11,6 +11,7 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
 
+from medvlm_harness.data.chexpert import label_key
 from medvlm_harness.data.labels import Uncertain, resolve
 from medvlm_harness.data.records import Image, Study
 from medvlm_harness.errors import UserError, near_matches
@@ -186,7 +187,7 @@ class ZeroShot(FitsOnValidation):
         """
         manifest = self.data.manifest
         owner, names = (MESH_FINDINGS, finding_names()) if self.coded else (manifest.name, manifest.label_names)
-        known = {name.lower().replace(" ", "_"): name for name in names}
+        known = {label_key(name): name for name in names}
         keys = []
         for label in self.label_set.labels:
             if label.key not in known:

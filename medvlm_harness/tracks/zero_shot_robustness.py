@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -10,15 +12,14 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
 
-from medvlm_harness.data.records import Image
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.consistency import consistency_estimates, decide, score_change_estimates
-from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.metrics.operating_points import choose_thresholds
+from medvlm_harness.metrics.estimate import Estimate, plain
+from medvlm_harness.metrics.operating_points import Threshold, choose_thresholds
 from medvlm_harness.metrics.robustness import CLEAN, Measure, robustness_estimates
 from medvlm_harness.perturbations.text.suites import FLIPPED, Wording
-from medvlm_harness.requests import LabelScores, LabelSet, TextRef
-from medvlm_harness.tracks.conditions import ConditionsRow, under
+from medvlm_harness.requests import LabelSet, TextRef
+from medvlm_harness.tracks.conditions import ConditionsRow
 from medvlm_harness.tracks.robustness import GATE, IMAGES, PROMPTS, REPORTS, RobustnessTask
 from medvlm_harness.tracks.text_zero_shot import TextZeroShot
 from medvlm_harness.tracks.zero_shot import ScoreRow, ZeroShot
@@ -49,20 +50,16 @@ class LabelRobustness(RobustnessTask, ZeroShot):
         if self.target is not None or self.no_finding_except is not None:
             raise UserError(f"{self.task_name}: expected independent labels, without `target:` and `no_finding:`.")
         self.read_suite()
+        self._thresholds: Mapping[str, Threshold] = {}
 
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
         """One request per condition; of what is fitted on, the clean one alone."""
-        asked = self.asked(doc)
-        chosen = asked if doc["split"] in self.splits else asked[:1]
-        return [Instance("classify", doc, one, k, metadata=kwargs["metadata"]) for k, one in enumerate(chosen)]
+        asked = enumerate(self.asked(doc))
+        return [Instance("classify", doc, one, k, metadata=kwargs["metadata"]) for k, one in asked]
 
+    @abstractmethod
     def asked(self, doc: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        """The arguments under each condition."""
-        raise NotImplementedError
-
-    def make_row(self, doc: Mapping[str, Any], results: Sequence[LabelScores]) -> ConditionsRow:  # type: ignore[override]
-        """Scores under each condition."""
-        return self.row_of_conditions(doc, [super(LabelRobustness, self).make_row(doc, [one]) for one in results])
+        """The arguments under each condition; of what is fitted on, under the first."""
 
     # --- metrics
 
@@ -113,24 +110,8 @@ class LabelRobustness(RobustnessTask, ZeroShot):
 
     def details(self) -> dict[str, Any]:
         """Adds the thresholds."""
-        thresholds = {
-            key: {
-                "value": None if one.reason else one.value,
-                "positives": one.positives,
-                "negatives": one.negatives,
-                "reason": one.reason,
-            }
-            for key, one in self._thresholds.items()
-        }
+        thresholds = {key: plain(asdict(one)) for key, one in self._thresholds.items()}
         return {**super().details(), "thresholds": {"fitted_on": self.fits_on, "point": POINT, "labels": thresholds}}
-
-    _thresholds: Mapping[str, Any] = {}
-
-    def score_records(self, rows: Sequence[ConditionsRow]) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """One record per input, label and condition; those of other conditions are called `label@condition`."""
-        for condition, its in self.by_condition(rows).items():
-            for record in super().score_records(its):
-                yield {**record, "label": under(record["label"], condition, CLEAN)}
 
 
 class ZeroShotRobustness(LabelRobustness):
@@ -153,10 +134,6 @@ class ZeroShotRobustness(LabelRobustness):
         return super().refuses(lm)
 
     @cached_property
-    def _images(self) -> dict[str, Image]:
-        return {image.file: image for study in self.data.studies for image in study.images}
-
-    @cached_property
     def worded(self) -> list[LabelSet]:
         """The label set in the words of each case, then inverted."""
         labels = self.request_labels
@@ -175,7 +152,7 @@ class ZeroShotRobustness(LabelRobustness):
             cases = [(own, worded) for worded in self.worded]
         else:
             cases = [(own.perturbed(case), labels) for case in self.cases]
-        stand_ins = self.stand_ins(self._images[doc["file"]]) if self.substitutes else []
+        stand_ins = self.stand_ins(self.images_by_file[doc["file"]])
         return [(own, labels), *cases, *((ref, labels) for ref in stand_ins)]
 
 
