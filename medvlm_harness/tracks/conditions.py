@@ -63,8 +63,14 @@ class ConditionsTask(MedicalTask):
         return super().seed_keys() | drawn
 
     def refuses(self, lm: Any) -> str | None:
-        """Adds what the set lacks to put something in an image's place."""
-        one_of_each = {image.view: image for study in self.studies for image in study.images}
+        """Adds what the set lacks to put something in the place of an image that is asked about."""
+        asked = {sha256 for doc in self.documents for sha256 in doc.get("images", [doc.get("image")])}
+        one_of_each = {
+            (study.split, image.view): image
+            for study in self.studies
+            for image in study.images
+            if image.sha256 in asked
+        }
         try:
             for image in one_of_each.values():
                 self.stand_ins(image)

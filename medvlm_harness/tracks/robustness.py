@@ -128,10 +128,13 @@ class RobustnessTask(ConditionsTask):
     def _cases(self) -> tuple[Case, ...]:
         if self.of == REPORTS:
             return find_report_suite(self.suite, seed=self.perturbation_seed)
-        modality = str(self.declared.get("modality"))
+        modality = self.declared.get("modality")
         if self.of == PROMPTS:
-            return find_prompt_suite(self.suite, image=IMAGE_WORDS.get(modality, "image"), seed=self.perturbation_seed)
-        return find_suite(self.suite, modality, seed=self.perturbation_seed)
+            image = IMAGE_WORDS.get(str(modality), "image")
+            return find_prompt_suite(self.suite, image=image, seed=self.perturbation_seed)
+        if modality is None:
+            raise UserError(f"{self.task_name}: expected `modality:` to say what kind of images the suite is for.")
+        return find_suite(self.suite, str(modality), seed=self.perturbation_seed)
 
     def seed_keys(self) -> frozenset[str]:
         """Adds that of the suite."""
@@ -184,31 +187,28 @@ class RobustnessTask(ConditionsTask):
             results = json.loads(path.read_text(encoding="utf-8"))
             theirs = results["medvlm"]["tasks"][self.task_name]
             name = str(results["medvlm"]["model"]["card"]["name"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for key, value in self.comparable().items():
+                if (other := theirs["comparable"].get(key)) != value:
+                    raise UserError(
+                        f"{self.task_name}: the reference {path} has another {key}: {other!r}, not {value!r}."
+                    )
+            return {measure: self._reference(name, measure, theirs["robustness"]) for measure in self.MEASURES}
+        except UserError:  # which is a ValueError
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.task_name}: expected reference to be the results file of a run of this task, but {path} is "
                 f"none ({type(error).__name__}: {error})."
             ) from error
-        own = self.comparable()
-        for key, value in own.items():
-            if theirs.get("comparable", {}).get(key) != value:
-                raise UserError(
-                    f"{self.task_name}: the reference {path} has another {key}: "
-                    f"{theirs.get('comparable', {}).get(key)!r}, not {value!r}."
-                )
 
-        def error_of(measure: str, condition: str) -> float:
-            value = theirs["robustness"][f"{measure}_{condition}"]["value"]
-            return float("nan") if value is None else 1 - value
+    def _reference(self, name: str, measure: str, scored: Mapping[str, Any]) -> Reference:
+        """What a run scored under each condition, from its `robustness` block."""
 
-        return {
-            measure: Reference(
-                name,
-                error_of(measure, CLEAN),
-                {case: error_of(measure, case) for case in self.compared.cases},
-            )
-            for measure in self.MEASURES
-        }
+        def error_of(condition: str) -> float:
+            value = scored[f"{measure}_{condition}"]["value"]
+            return float("nan") if value is None else 1 - float(value)
+
+        return Reference(name, error_of(CLEAN), {case: error_of(case) for case in self.compared.cases})
 
     def comparable(self) -> dict[str, Any]:
         """What two runs must share for their errors to be divided by each other; plain JSON."""
@@ -217,6 +217,7 @@ class RobustnessTask(ConditionsTask):
             "data": self.data.sha256,
             "split": "+".join(self.splits),
             "studies": len(self.studies),
+            "label_source": self.label_source if self.data.manifest.label_sources else None,
             "cases": {case.name: case.identity for case in self.cases},
         }
 

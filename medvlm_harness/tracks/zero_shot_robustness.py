@@ -57,6 +57,10 @@ class LabelRobustness(RobustnessTask, ZeroShot):
         asked = enumerate(self.asked(doc))
         return [Instance("classify", doc, one, k, metadata=kwargs["metadata"]) for k, one in asked]
 
+    def comparable(self) -> dict[str, Any]:
+        """Adds the labels, and what uncertain ones count as."""
+        return {**super().comparable(), "label_set": str(self.label_set), "uncertain": self.uncertain}
+
     @abstractmethod
     def asked(self, doc: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         """The arguments under each condition; of what is fitted on, under the first."""

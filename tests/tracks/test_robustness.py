@@ -278,24 +278,37 @@ def test_errors_are_divided_by_those_of_a_named_run(
     assert "auroc_mce" not in scored.estimates
 
 
+def written_reference(folder: Path, details: Any) -> dict[str, str]:
+    path = folder / "results.json"
+    path.write_text(json.dumps({"medvlm": {"model": {"card": {"name": "x"}}, "tasks": details}}))
+    return {"reference": str(path)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "has another data"),
+        ({"data": "another"}, "has another data"),
         ({"studies": 3}, "has another studies: 3, not 80"),
-        (None, "expected reference to be the results file of a run of this task, but"),
+        ({"label_source": "mesh"}, "has another label_source: 'mesh', not 'rules'"),
+        ({"label_set": "others@12"}, "has another label_set: 'others@12'"),
+        ({"uncertain": "positive"}, "has another uncertain: 'positive', not 'exclude'"),
     ],
 )
 def test_a_reference_of_something_else_is_refused(
-    four_kinds: Path, tmp_path: Path, change: dict[str, Any] | None, message: str
+    four_kinds: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    path = tmp_path / "results.json"
-    own = images_task(four_kinds).comparable()
-    theirs = {**own, **(change or {"data": "another"})}
-    details = {"z": {"comparable": theirs, "robustness": {}}} if change is not None else {}
-    path.write_text(json.dumps({"medvlm": {"model": {"card": {"name": "x"}}, "tasks": details}}))
+    theirs = {**images_task(four_kinds).comparable(), **change}
+    metadata = written_reference(tmp_path, {"z": {"comparable": theirs, "robustness": {}}})
     with pytest.raises(UserError, match=message):
-        images_task(four_kinds, metadata={"reference": str(path)}).prepare_for(object())
+        images_task(four_kinds, metadata=metadata).prepare_for(object())
+
+
+def test_a_file_that_is_no_such_run_is_refused(four_kinds: Path, tmp_path: Path) -> None:
+    same = images_task(four_kinds).comparable()
+    for details in ({}, {"z": "nothing"}, {"z": {"comparable": same, "robustness": {}}}):
+        metadata = written_reference(tmp_path, details)
+        with pytest.raises(UserError, match="expected reference to be the results file of a run of this task, but"):
+            images_task(four_kinds, metadata=metadata).prepare_for(object())
 
 
 # --- declarations
@@ -315,6 +328,27 @@ def test_a_set_that_lacks_what_stands_for_an_image_is_refused_by_itself(
     assert "has no frontal image in split train to make a mean image of" in str(lacking)
 
 
+def test_images_that_are_not_asked_about_need_no_stand_in(
+    tmp_path: Path, write_set: Callable[..., Path], fake_image: Callable[..., Image]
+) -> None:
+    lateral = (fake_image("side.png", "lateral"),)  # the only one, which no other patient's can stand for
+    studies = [
+        Study(
+            f"s{k}",
+            f"p{k}",
+            (fake_image(f"{k}.png"), *(lateral if k == 0 else ())),
+            findings="Clear.",
+            labels={"rules": {"Edema": 0}},
+            split="test",
+        )
+        for k in range(4)
+    ]
+    folder = write_set(tmp_path / "set", studies)
+    assert images_task(folder, labels=["Edema"]).refuses(None) is None
+    both = images_task(folder, labels=["Edema"], views=["frontal", "lateral"]).refuses(None)
+    assert "too few for each to be replaced by another patient's" in str(both)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -324,6 +358,7 @@ def test_a_set_that_lacks_what_stands_for_an_image_is_refused_by_itself(
         ({"perturbation": {"suite": "fast"}}, "expected suite of perturbation to be quick or full, but got 'fast'"),
         ({"perturbation": {"suite": "quick", "of": "reports"}}, "expected of of perturbation to be images or prompts"),
         ({"modality": "xray"}, "Unknown modality 'xray'"),
+        ({"modality": None}, "expected `modality:` to say what kind of images the suite is for"),
         ({"substitutes": ["blank"]}, "expected other among the substitutes"),
         ({"substitutes": ["blanc"]}, r"unknown substitute 'blanc'\. Did you mean blank"),
         ({"studies": 0}, "expected studies to be a number from 1 on, but got 0"),
