@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.tracks.base import COMMON_KEYS, MedicalTask
-from medvlm_harness.tracks.perturbed import Perturbable
+from medvlm_harness.tracks.perturbed import Perturbable, UnfitPerturbation
 
 __all__ = ["PromptedTask"]
 
@@ -55,10 +55,11 @@ class PromptedTask(MedicalTask):
             return prompt
         perturbed = case(prompt)
         if not perturbed.changed:
-            raise UserError(
+            unfit = UnfitPerturbation(
                 f"{self.task_name}: {case.perturbation.name} at severity {case.severity} has no other words for the "
                 "prompt, whose sentences are not among the instructions of perturbations/text/terms.yaml."
             )
+            self.perturbation = self._without_perturbation(unfit)
         return perturbed.text
 
     def input_sections(self) -> tuple[str, ...]:

@@ -119,6 +119,12 @@ def test_asked_of_a_whole_run_it_is_done_where_it_fits(make: Make, name: str, me
         ZeroShot({"task": "t", "dataset": "mine", "labels": ["Edema"], "perturbation": typos})
 
 
+def test_a_prompt_without_other_words_is_refused_by_itself(make: Make) -> None:
+    task = make("summarization", {"name": "paraphrase", "severity": 4})
+    assert "has no other words for the prompt" in str(task.refuses(None))
+    assert task.perturbation.to_dict() is None and task.prompt == make("summarization").prompt
+
+
 @pytest.mark.parametrize("track", [EntityProbe, RadGraphEntities])
 @pytest.mark.parametrize("declared", [NOISE, SYNONYMS, {"name": "paraphrase", "severity": 1}])
 def test_what_annotators_marked_is_not_perturbed(track: Any, declared: Any) -> None:
