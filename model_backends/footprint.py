@@ -75,7 +75,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that a tensor is made of: itself, or those of a subclass that wraps some."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None or isinstance(tensor, torch.nn.Parameter) and type(tensor) is torch.nn.Parameter:
+    if flatten is None or (isinstance(tensor, torch.nn.Parameter) and type(tensor) is torch.nn.Parameter):
         return [tensor]
     names, _ = flatten()
     return [part for name in names for part in _parts(getattr(tensor, name))]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.batching import slots
 from medvlm_harness.model_backends.decoding import prepared
+from medvlm_harness.model_backends.image_preparation import find_preparation
 from medvlm_harness.model_backends.torch_backend import TorchBackend
 from medvlm_harness.requests import Capability, Embedding, ImageRef
 from medvlm_harness.store import Space
@@ -29,11 +30,15 @@ CPU_DECODE_THREADS, DECODE_THREADS = 1, 4
 
 
 class ImageVectors(TorchBackend):
-    """`embed` of images: each distinct one is decoded and encoded once, in slots, or comes from the store."""
+    """`embed` of images: each distinct one is decoded and encoded once, in slots, or comes from the store.
+
+    `preprocessing=`: see `image_preparation.py`.
+    """
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"embed:image"})
 
-    def __init__(self, *, decode_threads: int | None = None, **options: Any) -> None:
+    def __init__(self, *, decode_threads: int | None = None, preprocessing: str | None = None, **options: Any) -> None:
+        self.preparation = find_preparation(preprocessing)
         super().__init__(**options)
         if decode_threads is not None and (not isinstance(decode_threads, int) or decode_threads < 1):
             raise UserError(f"Expected decode_threads to be 1 or more, but got {decode_threads!r}.")
@@ -57,6 +62,10 @@ class ImageVectors(TorchBackend):
         A tower that does not tell has its vector at the one place that there is.
         """
         return self.encode_images(pixels)[:, :, None, None]
+
+    def prepare(self, image: Image) -> torch.Tensor:
+        """Pixels as `preprocess` makes them, of the picture that `preprocessing=` asks for."""
+        return self.preprocess(self.preparation(image))
 
     # --- the tower by itself: for comparisons with other code, and for what is trained on top of it
 
@@ -156,7 +165,7 @@ class ImageVectors(TorchBackend):
             return
         self.ensure_loaded()
         size = self._batch_size(refs[0])
-        batches = prepared(slots(refs, size), self.preprocess, ahead=size, threads=self.decode_threads)
+        batches = prepared(slots(refs, size), self.prepare, ahead=size, threads=self.decode_threads)
         with self._progress("images", len(refs), size) as progress:
             for slot, pixels in batches:
                 yield slot, pixels
@@ -166,7 +175,7 @@ class ImageVectors(TorchBackend):
         """As asked, or tried with copies of one image."""
 
         def attempt(n: int) -> None:
-            ((_, pixels),) = prepared(iter([[ref]]), self.preprocess, ahead=1, threads=1)
+            ((_, pixels),) = prepared(iter([[ref]]), self.prepare, ahead=1, threads=1)
             self._encode_pixels(pixels.expand(n, *pixels.shape[1:]))
 
         return self.batching.of(self.device, attempt)
@@ -185,6 +194,7 @@ class ImageVectors(TorchBackend):
         """Adds how many images were computed, and how many came from the store."""
         return {
             **super().describe(),
+            "preprocessing": str(self.preparation),
             "images_encoded": self.images_encoded,
             "images_recalled": self.images_recalled,
         }

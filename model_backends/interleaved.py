@@ -142,7 +142,7 @@ class InterleavedBackend(VisionLanguageBackend):
         refs = [ref for prompt in prompts for ref in prompt.images]
         if not refs:
             return {}
-        decoded = {ref: self.pixels(open_reference(ref)) for ref in dict.fromkeys(refs)}
+        decoded = {ref: self.pixels(self.preparation(open_reference(ref))) for ref in dict.fromkeys(refs)}
         return {"pixel_values": torch.stack([decoded[ref] for ref in refs]).to(self.device, self.dtype)}
 
     def _generations(self, requests: Sequence[Instance], decoding: Decoding) -> list[Generation]:

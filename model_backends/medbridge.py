@@ -109,7 +109,7 @@ class MedBridgeSettings:
 
 def view_pixels(expert: DualEncoder, image: Image, windows: Sequence[Window], crop: float) -> torch.Tensor:
     """An image's views as an expert prepares pictures, (views, channels, height, width)."""
-    return torch.stack([expert.preprocess(view) for view in view_images(image, windows, crop)])
+    return torch.stack([expert.preprocess(view) for view in view_images(expert.preparation(image), windows, crop)])
 
 
 class MedBridgeBackend(TorchBackend):

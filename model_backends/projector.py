@@ -27,6 +27,7 @@ from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.dual_encoder import DualEncoder
 from medvlm_harness.model_backends.frozen_encoder import check_weights, recorded_encoder
+from medvlm_harness.model_backends.image_preparation import AS_PUBLISHED
 from medvlm_harness.model_backends.language_model import LanguageModelBackend
 from medvlm_harness.model_backends.sequences import Prompt
 from medvlm_harness.model_backends.towers import refuse_key_mismatch
@@ -200,6 +201,9 @@ class ProjectorBackend(VisionLanguageBackend):
         self.encoder: DualEncoder = recorded_encoder(
             self.recipe["encoder"], pretrained=self._encoder_pretrained, device=str(self._device)
         )
+        if self.preparation == AS_PUBLISHED:  # as in training
+            self.preparation = self.encoder.preparation
+        self.encoder.preparation = self.preparation
         self.pretrained = str(self._language_model or self.recipe["language_model"]["pretrained"])
         language = super().locate()
         self.card = replace(self.card, name=self.home.name, source=None)  # above, they are the language model's

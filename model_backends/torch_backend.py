@@ -28,6 +28,7 @@ from medvlm_harness.model_backends.catalogue import find, published_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.first_load import FIRST_LOADS, compare_with_first_load, refuse_other_bytes
 from medvlm_harness.model_backends.identity import code_sha256, combined_sha256, library_versions, state_sha256
+from medvlm_harness.model_backends.image_preparation import AS_PUBLISHED, ImagePreparation
 from medvlm_harness.model_backends.precision import choose_precision, dtype_of
 from medvlm_harness.store import Space, Store, open_store
 
@@ -53,6 +54,7 @@ class TorchBackend(MedicalLM):
     parameters: int | None = None
     transform: str | None = None  # how pixels are prepared, for people
     model: torch.nn.Module | None = None  # what `load` built; cast and moved here
+    preparation: ImagePreparation = AS_PUBLISHED  # of pictures, before the model's own preprocessing
 
     def __init__(
         self,
@@ -219,6 +221,7 @@ class TorchBackend(MedicalLM):
             "weights": list(self.weights.values()),
             "settings": {path.name: file_sha256(path) for path in self.checkpoint.settings},
             "options": dict(self.checkpoint.options),
+            "preparation": str(self.preparation),
             "preprocessing": dict(self.preprocessing()),
             "precision": self.precision,
             "quantization": self.quantization_identity(),

@@ -17,6 +17,7 @@ from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.batching import slots
 from medvlm_harness.model_backends.dual_encoder import log_odds_and_softmax
 from medvlm_harness.model_backends.generative import GenerativeBackend, StoredAnswer
+from medvlm_harness.model_backends.image_preparation import find_preparation
 from medvlm_harness.model_backends.sequences import Prompt, Scored
 from medvlm_harness.model_backends.shared_prefill import shared_scores
 from medvlm_harness.requests import Capability, ImageRef, LabelScores, LabelSet
@@ -53,7 +54,10 @@ class VisionLanguageBackend(GenerativeBackend):
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"generate_until", "loglikelihood", "classify:image"})
 
-    def __init__(self, *, answer_scoring: AnswerScoring = "full", **options: Any) -> None:
+    def __init__(
+        self, *, answer_scoring: AnswerScoring = "full", preprocessing: str | None = None, **options: Any
+    ) -> None:
+        self.preparation = find_preparation(preprocessing)
         super().__init__(**options)
         if answer_scoring not in ("full", "first-token"):
             raise UserError(f"Expected answer_scoring to be full or first-token, but got {answer_scoring!r}.")
@@ -180,6 +184,7 @@ class VisionLanguageBackend(GenerativeBackend):
             **super().describe(),
             "probability_scale": self.card.probability_scale,
             "answer_scoring": self.answer_scoring,
+            "preprocessing": str(self.preparation),
             "images_classified": self.images_classified,
             "classifications_recalled": self.classifications_recalled,
         }

@@ -15,6 +15,7 @@ from medvlm_harness.data.images import open_reference
 from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.catalogue import backend_card
+from medvlm_harness.model_backends.image_preparation import ImagePreparation
 from medvlm_harness.model_backends.sequences import Prompt
 from medvlm_harness.model_backends.vision_language import IMAGE_PLACE, VisionLanguageBackend, turn_parts
 from medvlm_harness.requests import ImageRef
@@ -106,7 +107,7 @@ class VlmBackend(VisionLanguageBackend):
     def encode_turn(self, text: str, images: Sequence[ImageRef]) -> Prompt:
         """In the chat template, unless lm-eval did that."""
         conversation = text if text in self._from_caller else self._conversation(text, len(images))
-        pictures = [decoded(image) for image in images]
+        pictures = [decoded(image, self.preparation) for image in images]
         given = {"images": [pictures]} if pictures else {}
         try:
             encoded = self.processor(text=[conversation], add_special_tokens=self._adds(conversation), **given)
@@ -171,7 +172,9 @@ class VlmBackend(VisionLanguageBackend):
 
     def stack(self, prompts: Sequence[Prompt], ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pixels of all images, and what marks their places among the tokens."""
-        pictures = [[decoded(image) for image in prompt.images] for prompt in prompts if prompt.images]
+        pictures = [
+            [decoded(image, self.preparation) for image in prompt.images] for prompt in prompts if prompt.images
+        ]
         if not pictures:
             return {}
         marked = (ids.to(self._device) == self.config.image_token_id).long()
@@ -243,6 +246,6 @@ class _PreparedOnce:
 
 
 @lru_cache(maxsize=16)
-def decoded(image: ImageRef) -> Image.Image:
-    """An image as RGB; the last few are kept, which all questions about an image ask for."""
-    return open_reference(image).convert("RGB")
+def decoded(image: ImageRef, preparation: ImagePreparation) -> Image.Image:
+    """An image as RGB, prepared; the last few are kept, which all questions about an image ask for."""
+    return preparation(open_reference(image)).convert("RGB")
