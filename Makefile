@@ -14,7 +14,7 @@ demo: $(STAMP)  ## the tracks on the synthetic set, with the model that comes wi
 	$(BIN)/lm_eval run --model medvlm-tiny --tasks 'demo_cxr_*' --batch_size 64 --output_path out
 
 test: $(STAMP)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
