@@ -20,8 +20,9 @@ nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,7 @@ from medvlm_harness.errors import UserError
 __all__ = ["AS_PUBLISHED", "ImagePreparation", "find_preparation"]
 
 Aspect = Literal["squash", "pad", "crop"]
+ASPECTS: Mapping[str, Aspect] = {one: one for one in get_args(Aspect)}
 PUBLISHED, TASK = "published", "task"
 _WINDOW = re.compile(r"window(\d{1,2}(?:\.\d+)?)-(\d{1,3}(?:\.\d+)?)")
 _PIXELS = re.compile(r"(\d+)px")
@@ -81,8 +83,8 @@ def find_preparation(asked: str | None) -> ImagePreparation:
     pixels: int | None = None
     for part in str(asked).split("+"):
         as_window, as_pixels = _WINDOW.fullmatch(part), _PIXELS.fullmatch(part)
-        if part in ("squash", "pad", "crop") and aspect is None:
-            aspect = part
+        if part in ASPECTS and aspect is None:
+            aspect = ASPECTS[part]
         elif as_window and window is None:
             window = float(as_window[1]), float(as_window[2])
         elif as_pixels and pixels is None:
