@@ -113,7 +113,8 @@ class CheXzeroBackend(DualEncoder):
             raise UserError(
                 f"Expected the checkpoints in {self.pretrained} to share one image size, but got {sorted(sizes)}."
             )
-        self.model = torch.nn.ModuleList(member.model for member in self.members)
+        models = [member.model for member in self.members]
+        self.model = models[0] if len(models) == 1 else torch.nn.ModuleList(models)
         self.logit_scale = self.members[0].logit_scale  # not used by the published rule
         self.parameters = sum(member.parameters for member in self.members)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["Footprint", "footprint", "unrounded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Footprint:
 
     parameters: int
     trainable: int
-    matrices: int  # weights of linear layers and of attention projections; no embeddings, convolutions, norms, biases
+    matrices: int  # weights of linear layers and attention projections; no embeddings (in or out), convolutions, norms
     quantized: int  # of these, in less than 16 bits
     bytes: int  # in memory, with the scales of what is rounded and with buffers
 
@@ -37,7 +37,7 @@ def footprint(model: torch.nn.Module) -> Footprint:
             seen[id(tensor)] = tensor
             total += _weights(tensor)
             trainable += _weights(tensor) if tensor.requires_grad else 0
-    matrices = {id(tensor): tensor for tensor in _matrices(model)}
+    matrices = {id(tensor): tensor for _, tensor in _matrices(model)}
     rounded = sum(_weights(tensor) for tensor in matrices.values() if _is_rounded(tensor))
     held = {**seen, **{id(buffer): buffer for buffer in model.buffers()}}
     return Footprint(
@@ -49,13 +49,23 @@ def footprint(model: torch.nn.Module) -> Footprint:
     )
 
 
-def _matrices(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    for module in model.modules():
+def unrounded(model: torch.nn.Module) -> list[str]:
+    """Names of the matrices that are not rounded, the largest first."""
+    found = {name: tensor for name, tensor in _matrices(model) if not _is_rounded(tensor)}
+    return sorted(found, key=lambda name: -_weights(found[name]))
+
+
+def _matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    outputs = {id(getattr(module, "get_output_embeddings", lambda: None)()) for module in model.modules()}
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):  # also bitsandbytes' own, which are subclasses
-            yield module.weight
+            if id(module) not in outputs:
+                yield name, module.weight
+        elif isinstance(projection := getattr(module, "in_proj_weight", None), torch.nn.Parameter):
+            yield f"{name}.in_proj_weight", projection
         elif isinstance(module, torch.nn.MultiheadAttention):
-            projections = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-            yield from (weight for weight in projections if weight is not None)
+            for part in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                yield f"{name}.{part}", getattr(module, part)
 
 
 def _weights(tensor: torch.Tensor) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL.Image import Image
 
 from medvlm_harness.errors import UserError
-from medvlm_harness.model_backends.dual_encoder import EncodedTexts
+
+if TYPE_CHECKING:
+    from medvlm_harness.model_backends.dual_encoder import EncodedTexts
 
 __all__ = ["LENGTH_STEP", "Towers", "below", "linear", "parameter_count", "refuse_key_mismatch"]
 

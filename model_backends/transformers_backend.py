@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,7 @@ from typing import Any
 import torch
 
 from medvlm_harness.errors import UserError, first_line
-from medvlm_harness.model_backends.adapters import find_adapter
-from medvlm_harness.model_backends.batching import BatchSize
-from medvlm_harness.model_backends.cards import Source, card_beside
+from medvlm_harness.model_backends.cards import Source
 from medvlm_harness.model_backends.checkpoints import (
     Checkpoint,
     find_folder,
@@ -27,13 +24,11 @@ from medvlm_harness.model_backends.checkpoints import (
     transformers_folder,
 )
 from medvlm_harness.model_backends.precision import PRECISIONS, choose_precision
-from medvlm_harness.model_backends.quantization import find_quantization, loading_options, quantize_loaded
+from medvlm_harness.model_backends.quantization import loading_options
 from medvlm_harness.model_backends.torch_backend import TorchBackend
 from medvlm_harness.model_backends.towers import refuse_key_mismatch
 
 __all__ = ["TransformersBackend"]
-
-_log = logging.getLogger("lm_eval.medvlm")
 
 CHECKPOINT_PRECISION = "checkpoint"
 
@@ -43,7 +38,7 @@ class TransformersBackend(TorchBackend):
 
     `pretrained=` is a folder as transformers saves it, a name on the Hub (with `model_revision=`), or a GGUF file (also
     a folder with `gguf_file=`), whose blocks are unpacked. `precision=checkpoint` is the format that the weights are
-    stored in. `quantization=` and `peft=`: see `quantization.py` and `adapters.py`.
+    stored in. bitsandbytes rounds weights while they are read; those of a GGUF file are rounded once they are unpacked.
     """
 
     def __init__(
@@ -51,33 +46,14 @@ class TransformersBackend(TorchBackend):
         *,
         model_revision: str | None = None,
         gguf_file: str | None = None,
-        quantization: str | None = None,
-        peft: str | None = None,
         max_length: int | None = None,
         **options: Any,
     ) -> None:
         if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
             raise UserError(f"Expected max_length to be 2 tokens or more, but got {max_length!r}.")
         self.model_revision, self.gguf_file, self.max_length_asked = model_revision, gguf_file, max_length
-        self.quantization = find_quantization(quantization)
-        self.adapter = find_adapter(peft)
         super().__init__(**options)
-        if self.quantization is not None:
-            self._check_quantization()
         self.model_class()  # a checkpoint for another backend is refused before anything is read
-
-    def _check_quantization(self) -> None:
-        way = self.quantization
-        if way is None:
-            return
-        if self.is_gguf and way.library == "bitsandbytes":
-            raise UserError(f"quantization={way.name} cannot be used with a GGUF file: use int8-dynamic, or no GGUF.")
-        if way.alone:
-            if (self.batch_size or 1) > 1:
-                _log.warning("quantization=%s: batch_size=%s is not used, see below", way.name, self.batch_size)
-            _log.info("quantization=%s: items are computed one by one, else they would change each other", way.name)
-            self.batch_size = 1
-            self.batching = BatchSize(1)
 
     # --- for subclasses
 
@@ -177,7 +153,7 @@ class TransformersBackend(TorchBackend):
 
         return int(resolve_max_length(self.config, self.tokenizer))
 
-    # --- precision, quantisation, adapter
+    # --- precision
 
     def choose_precision(self, asked: str) -> str:
         """Adds `checkpoint`: as the weights are stored; those of a GGUF file are unpacked to fp32."""
@@ -206,14 +182,6 @@ class TransformersBackend(TorchBackend):
         named_model = [path for path in self.checkpoint.weights if "model" in path.name]
         return _first_dtype((named_model or self.checkpoint.weights)[0])
 
-    def quantization_identity(self) -> Mapping[str, Any] | None:
-        """Name, and the library's version."""
-        return None if self.quantization is None else self.quantization.identity()
-
-    def adapter_identity(self) -> Mapping[str, Any] | None:
-        """Hash, and PEFT's version."""
-        return None if self.adapter is None else self.adapter.identity()
-
     def preprocessing(self) -> dict[str, Any]:
         """What is asked of the tokenizer, and where texts are cut."""
         return {"max_length": self.max_length, "tokenizer": self.tokenizer_options()}
@@ -223,20 +191,14 @@ class TransformersBackend(TorchBackend):
     def load(self) -> None:
         """Read the weights in the precision of the run, round them, put the adapter on."""
         self._need_gguf()
-        options = {**self._source, **loading_options(self.quantization, self.dtype, self._device)}
-        if self.is_gguf:
-            options |= _unpacked()
+        # Where the device is told, the model comes to lie there, rounded.
+        rounded = {} if self.is_gguf else loading_options(self.quantization, self.dtype, self._device)
+        options = {**self._source, **(_unpacked() if self.is_gguf else rounded)}
         with self._one_line("model"):
             model, info = self.read(dtype=self.dtype, output_loading_info=True, **options)
         self.check_keys(type(model).__name__, set(info["missing_keys"]), set(info["unexpected_keys"]))
         self.parameters = int(model.num_parameters())
-        quantize_loaded(self.quantization, model)
-        if self.adapter is not None:
-            adapted = self.adapter.put_on(model)
-            self.parameters += self.adapter.parameters
-            model = adapted
-        self.model = model
-        self.after_loading(model)
+        self.model = self.finish(model if rounded else model.to(self._device))
 
     def read(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """The model with its weights, and transformers' account of the keys that did not fit.
@@ -251,37 +213,19 @@ class TransformersBackend(TorchBackend):
         """What a subclass tells `from_pretrained`."""
         return {}
 
-    def after_loading(self, model: Any) -> None:
-        """Called with the loaded model, before it is moved."""
-
     def check_keys(self, target: str, missing: set[str], unexpected: set[str]) -> None:
         """Refuse weights that were left at random, or that no part of the model took."""
         refuse_key_mismatch(self.pretrained, f"transformers' {target}", sorted(missing), sorted(unexpected))
 
     def place(self, model: torch.nn.Module) -> torch.nn.Module:
-        """On its device; its precision it has, and some parts keep another on purpose."""
-        rounded = self.quantization is not None and self.quantization.library == "bitsandbytes"
-        return model if rounded else model.to(self.device)
+        """As it is: on its device, in its precision, but for parts that keep another on purpose."""
+        return model
 
     # --- results
 
-    def _complete_card(self) -> None:
-        """Adds the adapter's training data: what is not known of it, is not known of the whole."""
-        super()._complete_card()
-        if self.adapter is None:
-            return
-        added = card_beside(self.adapter.folder, replace(self.card, trained_on=None)).trained_on
-        both = None if added is None or self.card.trained_on is None else (*self.card.trained_on, *added)
-        self.card = replace(self.card, trained_on=both)
-
     def describe(self) -> dict[str, Any]:
-        """Adds quantisation, adapter and the longest input."""
-        return {
-            **super().describe(),
-            "quantization": self.quantization_identity(),
-            "adapter": self.adapter_identity(),
-            "max_length": self.max_length,
-        }
+        """Adds the longest input."""
+        return {**super().describe(), "max_length": self.max_length}
 
 
 def _unpacked() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`medvlm models`: which models there are, what is known of one, and whether backends compute what they should."""
+"""`medvlm models`: which models there are, what is known of one, which fit, and whether backends compute right."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medvlm_harness import plugin
+from medvlm_harness.cli.fits import show_fits
 from medvlm_harness.cli.output import print_table
 from medvlm_harness.errors import UserError
 
@@ -34,13 +35,21 @@ def models(
         bool, typer.Option("--selftest", help="Compare the backends with reference answers; needs --golden.")
     ] = False,
     golden: Annotated[Path | None, typer.Option("--golden", help="Folder of reference answers.")] = None,
+    fits: Annotated[
+        str | None, typer.Option("--fits", help="Predict which models a memory is large enough for: 16GB, 24GiB.")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="With --fits: only models that can do this task.")] = None,
 ) -> None:
     """List the models that can be run, those that cannot and why; or show one of them."""
     if selftest != (golden is not None):
         raise UserError("--selftest and --golden DIR go together.")
-    if sum((name is not None, markdown, selftest)) > 1:
-        raise UserError("Expected one of NAME, --markdown and --selftest.")
-    if golden is not None:
+    if task is not None and fits is None:
+        raise UserError("--task needs --fits SIZE.")
+    if sum((name is not None, markdown, selftest, fits is not None)) > 1:
+        raise UserError("Expected one of NAME, --markdown, --selftest and --fits.")
+    if fits is not None:
+        show_fits(fits, task)
+    elif golden is not None:
         _selftest(golden)
     elif name is not None:
         _show(name)

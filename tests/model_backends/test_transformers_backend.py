@@ -223,7 +223,7 @@ def test_how_weights_are_rounded_is_part_of_the_identity_and_the_result(tiny_mod
     assert {k: v for k, v in whole.identity.items() if k != "quantization"} == {
         k: v for k, v in rounded.identity.items() if k != "quantization"
     }
-    assert rounded.describe()["quantization"] == rounded.identity["quantization"]
+    assert rounded.describe()["quantization"].items() >= rounded.identity["quantization"].items()
 
 
 def test_an_unknown_way_names_the_nearest(tiny_model: Callable[[str], Path]) -> None:
@@ -398,8 +398,10 @@ def test_a_gguf_file_answers_as_the_folder_that_it_was_made_from(
     assert scores(named) == pytest.approx(scores(ours(folder)), rel=1e-5)
     assert scores(named) == scores(in_folder)
     assert list(named.weights) == ["tiny.gguf"]
-    with pytest.raises(UserError, match=r"quantization=nf4 cannot be used with a GGUF file"):
-        ours(path, quantization="nf4")
+    rounded = ours(path, quantization="nf4")
+    exact, found = torch.tensor(scores(named)), torch.tensor(scores(rounded))
+    assert 0 < float(((exact - found) / exact).abs().max()) < 0.6
+    assert rounded.describe()["quantization"]["share"] == 1
 
 
 def write_gguf(folder: Path, path: Path) -> None:
