@@ -18,7 +18,21 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("encode", "corrupt", "peer", "warm", "bootstrap", "retrieval", "startup", "text", "memory", "vlm")
+from medvlm_harness.model_backends.hardware import cpu_name
+
+NAMES = (
+    "encode",
+    "corrupt",
+    "peer",
+    "warm",
+    "bootstrap",
+    "retrieval",
+    "startup",
+    "text",
+    "memory",
+    "vlm",
+    "efficiency",
+)
 
 
 def main() -> None:
@@ -37,18 +51,10 @@ def main() -> None:
         if value is not None and name not in known:
             parser.error(f"{arguments.name} has no --{name}")
     result = measure(**{name: value for name, value in options.items() if value is not None})
-    result["machine"] = {"python": platform.python_version(), "cpu": _cpu(), "cores": os.cpu_count()}
+    result["machine"] = {"python": platform.python_version(), "cpu": cpu_name(), "cores": os.cpu_count()}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
     print(f"ratio {result['ratio']:.3f}")
-
-
-def _cpu() -> str:
-    """The processor's name, as far as the system tells."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
 
 
 if __name__ == "__main__":

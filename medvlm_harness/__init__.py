@@ -5,6 +5,7 @@ Importing this package imports nothing else: a line in a .pth file does so at ev
 
 __all__ = [
     "DualEncoder",
+    "Efficiency",
     "Entities",
     "EntityProbe",
     "ImageProbe",
@@ -32,6 +33,7 @@ __all__ = [
 
 _LAZY = {
     "DualEncoder": "medvlm_harness.model_backends.dual_encoder",
+    "Efficiency": "medvlm_harness.tracks.efficiency",
     "Entities": "medvlm_harness.tracks.entities",
     "EntityProbe": "medvlm_harness.tracks.entity_probe",
     "ImageProbe": "medvlm_harness.tracks.image_probe",

@@ -8,6 +8,7 @@ lm-eval calls `getattr(lm, request_type)(instances)`. Beside its own `loglikelih
 | `embed_tokens` | one `TextRef`                                     | `TokenVectors`: float32 (tokens, d) and offsets |
 | `classify`     | one `ImageRef` or one `TextRef`, a `LabelSet`,    | `LabelScores`: margin (L,), probability (L,)    |
 |                | and where there is one the indication, `TextRef`  |                                                 |
+| `profile`      | a workload's name, which lm-eval logs, `Workload` | `Profile`: durations, memory, sizes             |
 
 In `generate_until` and `loglikelihood` images are the third argument, `{"visual": [ImageRef, ...]}`; `<image>` in the
 text says where each of them stands. The indication is for models that read; dual encoders ignore it.
@@ -46,9 +47,14 @@ __all__ = [
     "Label",
     "LabelScores",
     "LabelSet",
+    "Profile",
     "PromptWithFloors",
     "TextRef",
+    "TimedBatches",
+    "TimingProtocol",
     "TokenVectors",
+    "Workload",
+    "capabilities_of",
     "floors_of",
 ]
 
@@ -61,8 +67,15 @@ Capability = Literal[
     "generate_until",
     "loglikelihood",
     "loglikelihood_rolling",
+    "profile",
 ]
 """What a backend can do: a request type, and the kind of input where that matters."""
+
+
+def capabilities_of(lm: Any) -> frozenset[Capability] | None:
+    """What a model can do as it was asked for; None for one of somebody else's, which does not say."""
+    declared: frozenset[Capability] | None = getattr(lm, "CAPABILITIES", None)
+    return None if declared is None else declared - getattr(lm, "lacks", {}).keys()
 
 
 class ImagePerturbation(Protocol):
@@ -290,6 +303,77 @@ class LabelSet:
                 raise UserError(f"Expected each label of {name} once, but got {list(config)}.")
             return cls(name, "multilabel", tuple(_label(str(key), {}, name) for key in config))
         raise UserError(f"Expected labels of {name} to be a list of names or a mapping of names, but got {config!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class TimingProtocol:
+    """How long and in which batches a workload is measured."""
+
+    warm_up: int = 3  # iterations before each measurement
+    iterations: int = 10  # at least, of a batch size
+    seconds: float = 10.0  # at least, of a batch size
+    new_tokens: int = 64  # that each text has, no more and no less
+    max_batch_size: int | None = None  # None: what the backend takes at most
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it measures as long as the field's convention asks."""
+        return self.iterations >= 10 and self.seconds >= 10
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a `profile` request has measured: requests of one type, answered again and again.
+
+    Without inputs nothing is measured: another process of the run does it.
+    """
+
+    request: Literal["classify", "embed", "generate_until"]
+    inputs: tuple[tuple[Any, ...], ...]  # arguments of each request, of different content; generation options left out
+    protocol: TimingProtocol = field(default_factory=TimingProtocol)
+
+    def __str__(self) -> str:
+        content = [self.request, [[str(one) for one in arguments] for arguments in self.inputs]]
+        return f"workload@{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class TimedBatches:
+    """Iterations of one batch size, each over other inputs; seconds from files and texts to answers."""
+
+    batch_size: int
+    seconds: tuple[float, ...]
+    stages: Mapping[str, tuple[float, ...]]  # of them, what each stage took (see model_backends/meter.py)
+    memory: Mapping[str, Any]  # peaks in MiB meanwhile
+    first_token_seconds: tuple[float, ...] = ()  # of iterations of their own over the same inputs; of generators
+    tokens: tuple[int, ...] = ()  # written in each iteration; of generators
+
+    @property
+    def items_per_second(self) -> float:
+        """Items by the time that all iterations took."""
+        return self.batch_size * len(self.seconds) / sum(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a workload costs on one machine. Sizes in MiB; what is None has its reason in `reasons`, by its name."""
+
+    single: TimedBatches  # one item at a time
+    best: TimedBatches  # the batch size with the most items per second
+    searched: tuple[tuple[int, float], ...]  # batch sizes that were tried, in order, with items per second
+    search_ended: str
+    load_seconds: float | None
+    parameters: int
+    parameters_active: int  # that one token or image goes through: less than all in a mixture of experts
+    parameters_trainable: int
+    weights_memory_mib: float
+    weights_disk_mib: float | None
+    gflops_per_item: float | None
+    hardware: Mapping[str, Any]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"profile of {len(self.single.seconds)} + {len(self.best.seconds)} iterations"
 
 
 def _label(key: str, spec: Any, owner: str) -> Label:

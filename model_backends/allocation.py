@@ -1,11 +1,11 @@
-"""Memory that a CPU's forward passes use is kept for the next one."""
+"""Memory that a CPU's forward passes use is kept for the next one, until it is asked back."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "release_freed_memory"]
 
 # glibc's malloc.h: mallopt's parameters, and the largest value that is no negative int.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -27,3 +27,13 @@ def keep_freed_memory() -> bool:
     if mallopt is None:  # another C library, such as musl
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST_INT))
+
+
+def release_freed_memory() -> None:
+    """Give the system back what nothing uses any more, so that what a process holds is what it needs.
+
+    Source: malloc_trim(3).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,7 +16,7 @@ from lm_eval.utils import simple_parse_args_string
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.ranks import Ranks
-from medvlm_harness.requests import Capability, Embedding, LabelScores, LabelSet, TokenVectors
+from medvlm_harness.requests import Capability, Embedding, LabelScores, LabelSet, Profile, TokenVectors
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,10 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Greedy continuations."""
         raise self._cannot("generate_until")
+
+    def profile(self, requests: Sequence[Instance]) -> list[Profile | None]:
+        """What workloads cost."""
+        raise self._cannot("profile")
 
     def refuses(self, label_set: LabelSet) -> str | None:
         """Why a label set cannot be scored; None if it can. Known before any request is made."""
@@ -139,14 +143,23 @@ class MedicalLM(LM):  # type: ignore[misc]  # lm-eval carries no types
         # Of its command line lm-eval hands on text; the integer is its own default, which means that nobody asked.
         if isinstance(given.get("batch_size"), int):
             del given["batch_size"]
-        for key in arg_dict:
+        arguments = {**given, **arg_dict}
+        cls.refuse_options(arguments)
+        return cls(**arguments)
+
+    @classmethod
+    def refuse_options(cls, arguments: Collection[str]) -> None:
+        """Check names of options.
+
+        Raises:
+            UserError: for an unknown or missing one.
+        """
+        for key in arguments:
             if key not in cls.options():
                 raise UserError(f"Unknown option {key!r} of model {cls.card.name}.{near_matches(key, cls.options())}")
-        arguments = {**given, **arg_dict}
         for name, parameter in cls._parameters().items():
             if parameter.default is parameter.empty and name not in arguments:
                 raise UserError(f"Model {cls.card.name} needs {name}=...: --model_args {name}=PATH_OR_NAME")
-        return cls(**arguments)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Self:

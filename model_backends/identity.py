@@ -6,21 +6,27 @@ import ast
 import hashlib
 import importlib.metadata
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-__all__ = ["code_sha256", "combined_sha256", "library_versions", "state_sha256"]
+from medvlm_harness.errors import UserError
+
+__all__ = ["check_weights", "code_sha256", "combined_sha256", "library_versions", "state_sha256"]
 
 # A release of one of these may change pixels, tokens or kernels.
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "open_clip_torch", "timm", "pillow", "numpy")
-# Our modules that make answers; options, cards, records of hashes and ranks decide nothing of one.
+# Our modules that make answers; options, cards, records of hashes, ranks and what is
+# measured decide nothing of one.
 _ANSWERING = ("medvlm_harness.model_backends.", "medvlm_harness.data.images", "medvlm_harness.demo.tiny")
 _NOT_ANSWERING = {
     f"medvlm_harness.model_backends.{name}"
-    for name in ("base", "cards", "catalogue", "first_load", "identity", "ranks")
+    for name in (
+        *("base", "cards", "catalogue", "first_load", "footprint", "hardware", "identity", "memory", "meter"),
+        *("profiling", "ranks"),
+    )
 }
 
 
@@ -84,3 +90,24 @@ def _imported(tree: ast.Module) -> Iterator[str]:
             yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+
+
+def check_weights(what: str, recorded: Mapping[str, str], found: Mapping[str, str], *, option: str) -> None:
+    """Refuse base weights that are not those that were trained on; files may have been renamed.
+
+    Args:
+        what: what they are, for people.
+        recorded: file -> sha256 when it was trained.
+        found: the same, now.
+        option: by which the right ones are named.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    if sorted(recorded.values()) != sorted(found.values()):
+        known = set(recorded.values())
+        name, value = next(((n, v) for n, v in found.items() if v not in known), ("no file", ""))
+        raise UserError(
+            f"{what} is not the one that this was trained on: {name} has sha256 {value[:12]}, expected "
+            f"{' or '.join(v[:12] for v in recorded.values())}. Name the right one by {option}=..."
+        )

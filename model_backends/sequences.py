@@ -16,7 +16,17 @@ from transformers import StoppingCriteria
 from medvlm_harness.model_backends.towers import LENGTH_STEP
 from medvlm_harness.requests import Generation, ImageRef
 
-__all__ = ["Padded", "Prompt", "Scored", "StopStrings", "continuation_score", "cut_at_end", "pad", "stop_strings"]
+__all__ = [
+    "Padded",
+    "Prompt",
+    "Scored",
+    "StopStrings",
+    "continuation_score",
+    "cut_at_end",
+    "pad",
+    "stop_strings",
+    "written_length",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,14 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]  # transformers carri
 def stop_strings(until: Sequence[str], end: str | None) -> list[str]:
     """What ends a text: lm-eval's `until` and the tokenizer's own end, without the empty string."""
     return [string for string in dict.fromkeys((*until, *((end,) if end else ()))) if string]
+
+
+def written_length(ids: Sequence[int], *, end_ids: frozenset[int], filler: int) -> int:
+    """Tokens that a model wrote of a row of a batch: up to its end token, that included, or up to what fills it."""
+    end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
+    while end and ids[end - 1] == filler and filler not in end_ids:
+        end -= 1
+    return end
 
 
 def cut_at_end(tokenizer: Any, ids: Sequence[int], *, end_ids: frozenset[int], stops: Sequence[str]) -> Generation:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.requests import capabilities_of
+from medvlm_harness.results.efficiency import Stopwatch, efficiency_block
 from medvlm_harness.results.environment import EarlyReport
 from medvlm_harness.results.remote import refuse_remote
 from medvlm_harness.tracks.contamination import refuse_contaminated, trained_splits
@@ -76,10 +78,12 @@ def evaluate_with_details(
     if getattr(lm, "rank", 0) == 0:
         report.start(background)
     background.shutdown(wait=False)
+    stopwatch = Stopwatch()
     with _apart(lm):
         results = evaluate(lm, {**task_dict, "tasks": supported}, *args, **kwargs)
+    costs = _gathered(lm, stopwatch.read(lm))
     model = _describe(lm)
-    if results is None or model is None:  # not the first process
+    if results is None or model is None or costs is None:  # not the first process
         return None
     full = MedvlmResults(results)
     if getattr(lm, "world_size", 1) > 1 and "samples" in full:
@@ -93,6 +97,7 @@ def evaluate_with_details(
         "schema_version": SCHEMA_VERSION,
         "versions": installed_versions(),
         "model": model,
+        "efficiency": efficiency_block(costs),
         "tasks": {name: _details(task, contamination[name], remote[name]) for name, task in running.items()},
         "unsupported": refused,
     }
@@ -130,18 +135,18 @@ def _apart(lm: Any) -> Iterator[None]:
 def unsupported_reason(lm: Any, task: Any) -> str | None:
     """Why a model cannot do a task; None if it can, as far as can be known before asking."""
     if getattr(task, "is_medvlm", False):
-        needs = set(task.NEEDS)
+        needs = set(task.needs(lm))
     else:
         output_type = str(getattr(task, "OUTPUT_TYPE", ""))
         needs = {STOCK_REQUESTS.get(output_type, output_type)}
-    capabilities, lacks = getattr(lm, "CAPABILITIES", None), getattr(lm, "lacks", {})
+    capabilities, lacks = capabilities_of(lm), getattr(lm, "lacks", {})
     name = getattr(getattr(lm, "card", None), "name", type(lm).__name__)
     if getattr(task, "MULTIMODAL", False) and not getattr(lm, "MULTIMODAL", False):
         return f"{name} cannot take images"  # lm-eval itself ends the whole run
     if capabilities is None:
         missing = {need for need in needs if not hasattr(lm, need.partition(":")[0])}
     else:
-        missing = needs - (capabilities - lacks.keys())
+        missing = needs - capabilities
     if not missing:
         refused = task.refuses(lm) if getattr(task, "is_medvlm", False) else None
         return refused or _lacks_floor(name, lm, task) or _refused_labels(name, lm, task)

@@ -32,6 +32,7 @@ TRACKS = {
     "Entities": "medvlm_harness.tracks.entities",
     "RadGraphEntities": "medvlm_harness.tracks.radgraph_entities",
     "EntityProbe": "medvlm_harness.tracks.entity_probe",
+    "Efficiency": "medvlm_harness.tracks.efficiency",
     "ImpressionChoice": "medvlm_harness.tracks.choice",
     "ImageProbe": "medvlm_harness.tracks.image_probe",
     "TextProbe": "medvlm_harness.tracks.text_probe",

@@ -48,3 +48,14 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(allocation.ctypes, "CDLL", lambda name: object())
     assert not allocation.keep_freed_memory()
+
+
+def test_what_was_kept_is_given_back_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    library = type("Library", (), {"malloc_trim": staticmethod(asked.append)})()
+    monkeypatch.setattr(allocation.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(sys, "platform", "linux")
+    allocation.release_freed_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    allocation.release_freed_memory()
+    assert asked == [0]
