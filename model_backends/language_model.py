@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -13,16 +14,23 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.catalogue import backend_card
+from medvlm_harness.model_backends.embedded_texts import EmbeddedTexts
 from medvlm_harness.model_backends.generative import GenerativeBackend
-from medvlm_harness.model_backends.sequences import Prompt, Scored
+from medvlm_harness.model_backends.sequences import Prompt, Scored, pad
+from medvlm_harness.requests import Capability
 
 __all__ = ["LanguageModelBackend"]
+
+Pooling = Literal["mean", "last"]
 
 _log = logging.getLogger("lm_eval.medvlm")
 
 
-class LanguageModelBackend(GenerativeBackend):
-    """Text in, text out: `generate_until`, `loglikelihood` and `loglikelihood_rolling`.
+class LanguageModelBackend(EmbeddedTexts, GenerativeBackend):
+    """Text in, text out: `generate_until`, `loglikelihood` and `loglikelihood_rolling`; and `embed` of texts.
+
+    The vector of a text is the mean of the last layer over its tokens, special ones left out; of an encoder-decoder,
+    the encoder's last layer. `pooling=last` takes the last token of a causal model, which has seen all of it.
 
     Tokens, truncation, stop strings and defaults are those of lm-eval's `hf`. Where we differ: a text of an
     encoder-decoder has `max_gen_toks` tokens at most (`hf` adds the length of the context); the token that ends a text
@@ -35,7 +43,17 @@ class LanguageModelBackend(GenerativeBackend):
     """
 
     MULTIMODAL = False
+    CAPABILITIES: ClassVar[frozenset[Capability]] = GenerativeBackend.CAPABILITIES | {"embed:text"}
+    REMEMBERED: ClassVar[tuple[str, ...]] = (*EmbeddedTexts.REMEMBERED, *GenerativeBackend.REMEMBERED)
     card: ModelCard = backend_card("medvlm-lm")
+
+    def __init__(self, *, pooling: Pooling = "mean", **options: Any) -> None:
+        if pooling not in get_args(Pooling):
+            raise UserError(f"Expected pooling to be {' or '.join(get_args(Pooling))}, but got {pooling!r}.")
+        self.pooling = pooling
+        super().__init__(**options)
+        if pooling == "last" and self.is_seq2seq:
+            raise UserError(f"pooling=last is for causal models, but {self.pretrained} is an encoder-decoder.")
 
     def model_class(self) -> Any:
         """By what lm-eval's `hf` goes by as well."""
@@ -118,6 +136,10 @@ class LanguageModelBackend(GenerativeBackend):
         if rest:
             raise UserError(f"{self.card.name} takes text alone, but the task gives it {type(rest[0]).__name__} too.")
 
+    def describe(self) -> dict[str, Any]:
+        """Adds how a text's vector is made."""
+        return {**super().describe(), "pooling": self.pooling}
+
     @property
     def backend(self) -> str:
         """`causal` or `seq2seq`, as lm-eval calls them."""
@@ -140,6 +162,56 @@ class LanguageModelBackend(GenerativeBackend):
     def _encode(self, string: str, add_special_tokens: bool | None) -> list[int]:
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer(string, verbose=False, **special)["input_ids"])
+
+    # --- vectors of texts
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Adds how a text's vector is made."""
+        return {**super().preprocessing(), "pooling": self.pooling}
+
+    def text_ids(self, text: str) -> list[int]:
+        """With special tokens as the tokenizer adds them."""
+        return self._encode(text, add_special_tokens=None)
+
+    @property
+    def text_room(self) -> int:
+        """The longest input."""
+        return self.max_length
+
+    @torch.inference_mode()
+    def encode_text_ids(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See the class; of any length.
+
+        Raises:
+            UserError: if a text has no tokens but special ones.
+        """
+        batch = pad(
+            [tuple(ids[: self.text_room]) for ids in texts],
+            filler=self._text_filler,
+            side="right",
+            limit=self.max_length,
+        )
+        special = torch.isin(batch.ids, torch.tensor(self.tokenizer.all_special_ids, dtype=torch.long))
+        own = (batch.mask.bool() & ~special).to(self._device)
+        if not bool(own.any(dim=1).all()):
+            raise UserError("A text has no tokens: it has no vector.")
+        network: Any = self.model if self.adapter is None else self.model.get_base_model()  # type: ignore[union-attr,operator]
+        part = network.get_encoder() if self.is_seq2seq else network.base_model
+        options = {} if self.is_seq2seq else {"use_cache": False}
+        given = {"input_ids": batch.ids.to(self._device), "attention_mask": batch.mask.to(self._device)}
+        hidden = part(**given, **options).last_hidden_state.float()
+        if self.pooling == "last":
+            places = own * torch.arange(own.shape[1], device=self._device)
+            vectors: torch.Tensor = hidden[torch.arange(len(hidden)), places.argmax(dim=1)]
+        else:
+            weights = own[:, :, None].float()
+            vectors = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        return vectors.cpu()
+
+    @property
+    def _text_filler(self) -> int:
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(token) for token in known if token is not None), 0)
 
     # --- chat templates
 

@@ -19,9 +19,10 @@ from medvlm_harness.model_backends.batching import slots
 from medvlm_harness.model_backends.cards import ModelCard
 from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.dual_encoder import log_odds_and_softmax
+from medvlm_harness.model_backends.embedded_texts import text_of
 from medvlm_harness.model_backends.image_vectors import unit
 from medvlm_harness.model_backends.masked_scoring import MaskedRow, MaskedScorer, masked_rows
-from medvlm_harness.model_backends.text_vectors import TextVectors, text_of
+from medvlm_harness.model_backends.text_vectors import TextVectors
 from medvlm_harness.requests import Capability, Generation, LabelScores, LabelSet, floors_of
 from medvlm_harness.training.extractive import centroid_sentences
 
@@ -72,8 +73,9 @@ class TextEncoderBackend(TextVectors):
     """
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
-        {"classify:text", "embed:text", "embed_tokens", "generate_until", "loglikelihood"}
+        {"classify:text", "embed:text", "embed_tokens", "generate_until", "loglikelihood", "profile"}
     )
+    REMEMBERED: ClassVar[tuple[str, ...]] = (*TextVectors.REMEMBERED, "_scores")
     card: ModelCard = backend_card("medvlm-text-encoder")
 
     def __init__(self, *, classify_by: ClassifyBy = "auto", extractive: int | None = None, **options: Any) -> None:
@@ -137,7 +139,8 @@ class TextEncoderBackend(TextVectors):
         size = self.batching.of(self._device, lambda n: scorer.score(self._rows(*parts[order[0]][:2])[:1] * n))
         with self._progress("Scoring", len(order), size) as progress:
             for slot in slots(order, size):
-                found = scorer.totals({key: self._rows(*parts[key][:2]) for key in slot}, self.batching, size)
+                with self.meter.stage("score", len(slot)):
+                    found = scorer.totals({key: self._rows(*parts[key][:2]) for key in slot}, self.batching, size)
                 yield {key: _Score(*score, parts[key][2]) for key, score in found.items()}
                 progress.update(len(slot))
 
@@ -158,10 +161,10 @@ class TextEncoderBackend(TextVectors):
         first = sum(end <= len(context) for _, end in encoded["offset_mapping"])
         ids = list(encoded["input_ids"])
         context_ids, rest = ids[:first], ids[first:]
-        room = self._room - len(rest)
+        room = self.text_room - len(rest)
         if not rest or room < 0:
             raise UserError(
-                f"Expected a continuation of 1 to {self._room} tokens, but got {len(rest)}: {continuation[:40]!r}."
+                f"Expected a continuation of 1 to {self.text_room} tokens, but got {len(rest)}: {continuation[:40]!r}."
             )
         kept = context_ids[-room:] if room else []
         return kept, rest, len(context_ids) - len(kept)
@@ -194,7 +197,7 @@ class TextEncoderBackend(TextVectors):
 
     def _similarities(self, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[float]:
         """Cosine of the text with the mean of the phrases."""
-        self._encode_new([one for text, phrases in asked for one in (text, *phrases)])
+        self.encode_new([one for text, phrases in asked for one in (text, *phrases)])
         means = {p: unit(np.mean([self._vectors[one].vector for one in p], axis=0)) for p in {p for _, p in asked}}
         return [float(self._vectors[text].vector @ means[phrases]) for text, phrases in asked]
 
@@ -209,7 +212,7 @@ class TextEncoderBackend(TextVectors):
         if self.extractive is None:
             raise UserError(f"{self.card.name} cannot answer `generate_until` requests: {WRITES_NOTHING}.")
         parts = [split_sentences(self._extracted_from(request)) for request in requests]
-        self._encode_new([sentence for sentences in parts for sentence in sentences])
+        self.encode_new([sentence for sentences in parts for sentence in sentences])
         return [Generation(self._extract(sentences, self.extractive), finished=True) for sentences in parts]
 
     def _extract(self, sentences: Sequence[str], count: int) -> str:

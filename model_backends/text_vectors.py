@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -14,14 +14,13 @@ from tqdm import tqdm
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.batching import slots
 from medvlm_harness.model_backends.checkpoints import Checkpoint, tensor_names
-from medvlm_harness.model_backends.image_vectors import unit
+from medvlm_harness.model_backends.embedded_texts import EmbeddedTexts, text_of
 from medvlm_harness.model_backends.sentence_layout import SentenceLayout, read_layout, vocabulary_is_cased
 from medvlm_harness.model_backends.sequences import pad
 from medvlm_harness.model_backends.towers import refuse_key_mismatch
-from medvlm_harness.model_backends.transformers_backend import TransformersBackend
-from medvlm_harness.requests import Capability, Embedding, ImageRef, TextRef, TokenVectors
+from medvlm_harness.requests import Capability, TokenVectors
 
-__all__ = ["TextVectors", "text_of"]
+__all__ = ["TextVectors"]
 
 _log = logging.getLogger("lm_eval.medvlm")
 
@@ -29,7 +28,7 @@ _log = logging.getLogger("lm_eval.medvlm")
 _SHIFTED = {"camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
 
 
-class TextVectors(TransformersBackend):
+class TextVectors(EmbeddedTexts):
     """`embed`: the mean of the last layer over a text's tokens, special ones included, scaled to length 1.
 
     `embed_tokens`: the last layer at each of them, special ones left out, of any length. No vector of it is stored.
@@ -43,15 +42,13 @@ class TextVectors(TransformersBackend):
     """
 
     MULTIMODAL = False
-    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"embed:text", "embed_tokens"})
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"embed:text", "embed_tokens", "profile"})
 
     def __init__(self, *, lower_case: bool | Literal["auto"] = "auto", **options: Any) -> None:
         if lower_case not in (True, False, "auto"):
             raise UserError(f"Expected lower_case to be True, False or auto, but got {lower_case!r}.")
         self.lower_case_asked = lower_case
         super().__init__(**options)
-        self.texts_encoded = self.texts_recalled = 0
-        self._vectors: dict[str, Embedding] = {}
 
     # --- the checkpoint
 
@@ -145,8 +142,8 @@ class TextVectors(TransformersBackend):
         return [token for token in first[:1] if token is not None], [token for token in first[1:] if token is not None]
 
     @property
-    def _room(self) -> int:
-        """Tokens that a text may have beside the special ones."""
+    def text_room(self) -> int:
+        """Beside the special tokens."""
         return self.max_length - sum(map(len, self._ends))
 
     @property
@@ -156,12 +153,6 @@ class TextVectors(TransformersBackend):
 
     # --- vectors
 
-    def embed(self, requests: Sequence[Instance]) -> list[Embedding]:
-        """One unit vector per request; each distinct text is encoded once in the life of the model."""
-        texts = [text_of(request.arguments[0], self.card.name) for request in requests]
-        self._encode_new(texts)
-        return [self._vectors[text] for text in texts]
-
     def embed_tokens(self, requests: Sequence[Instance]) -> list[TokenVectors]:
         """Token vectors of one text per request; each distinct text is encoded once."""
         texts = [text_of(request.arguments[0], self.card.name) for request in requests]
@@ -169,30 +160,8 @@ class TextVectors(TransformersBackend):
         found = dict(zip(distinct, self.encode_tokens(distinct), strict=True))
         return [found[text] for text in texts]
 
-    def _encode_new(self, texts: Sequence[str]) -> None:
-        new = {str(TextRef(text)): text for text in texts if text not in self._vectors}
-        space = self.space("embed:text")
-        stored = self.recall(space, new, Embedding.from_bytes)
-        self._vectors.update({new[key]: vector for key, vector in stored.items()})
-        self.texts_recalled += len(stored)
-        missing = [text for key, text in new.items() if key not in stored]
-        if not missing:
-            return
-        self.ensure_loaded()
-        ids = {text: self._ids(text) for text in missing}
-        order = sorted(missing, key=lambda text: (-len(ids[text]), text))
-        size = self.batching.of(self._device, lambda n: self._encode([ids[order[0]]] * n))
-        with self._progress("Encoding texts", len(order), size) as progress:
-            for slot in slots(order, size):
-                parts = self.batching.in_parts(slot, lambda part: self._encode([ids[text] for text in part]))
-                vectors = unit(torch.cat(parts).numpy())
-                found = {t: Embedding(v, len(ids[t]) > self._room) for t, v in zip(slot, vectors, strict=True)}
-                self.keep(space, {str(TextRef(text)): vector.to_bytes() for text, vector in found.items()})
-                self._vectors.update(found)
-                self.texts_encoded += len(slot)
-                progress.update(len(slot))
-
-    def _ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
+        """Without special tokens, after the words that the files put before each text."""
         worded = self.layout.prefix + (text.lower() if self.layout.lower else text)
         return list(self.tokenizer(worded, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -210,15 +179,21 @@ class TextVectors(TransformersBackend):
         size = self.batching.of(self._device, lambda n: self._hidden([ids[order[0]]] * n))
         start = len(self._ends[0])
         for slot in slots(order, size):
-            parts = self.batching.in_parts(slot, lambda part: list(self._hidden([ids[k] for k in part])[0]))
+            with self.meter.stage("encode_texts", len(slot), self.tokens_read(ids[k] for k in slot)):
+                parts = self.batching.in_parts(slot, lambda part: list(self._hidden([ids[k] for k in part])[0]))
             for k, hidden in zip(slot, [one for part in parts for one in part], strict=True):
-                length = min(len(ids[k]), self._room)
+                length = min(len(ids[k]), self.text_room)
                 vectors = hidden[start : start + length].cpu().numpy()
                 found[k] = TokenVectors(vectors, tuple(map(tuple, encoded[k]["offset_mapping"][:length])))
         return [found[k] for k in range(len(texts))]
 
-    def _encode(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Mean (or first) vector of the last layer, (n, d) in float32, of any length."""
+    def tokens_read(self, texts: Iterable[Sequence[int]]) -> int:
+        """Special ones included."""
+        ends = sum(map(len, self._ends))
+        return sum(min(len(ids), self.text_room) + ends for ids in texts)
+
+    def encode_text_ids(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Mean (or first) vector of the last layer, of any length."""
         hidden, mask = self._hidden(texts)
         weights = mask[:, :, None].float()
         mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
@@ -228,7 +203,7 @@ class TextVectors(TransformersBackend):
     def _hidden(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The last layer in float32, (n, tokens, d), and which places are tokens, (n, tokens); one forward pass."""
         before, after = self._ends
-        rows = [(*before, *ids[: self._room], *after) for ids in texts]
+        rows = [(*before, *ids[: self.text_room], *after) for ids in texts]
         batch = pad(rows, filler=self._filler, side="right", limit=self.max_length)
         mask = batch.mask.to(self._device)
         network = self._network.base_model if self.has_head else self._network
@@ -247,26 +222,13 @@ class TextVectors(TransformersBackend):
         return tqdm(total=total, desc=what, disable=total <= size or self.rank > 0, mininterval=1)
 
     def describe(self) -> dict[str, Any]:
-        """Adds what decides vectors, and how many were computed and recalled."""
+        """Adds what decides vectors."""
         return {
             **super().describe(),
             "trained_head": self.has_head,
             "pooling": self.layout.pooling,
             "lower_case": self.lower_case,
-            "texts_encoded": self.texts_encoded,
-            "texts_recalled": self.texts_recalled,
         }
-
-
-def text_of(argument: Any, name: str) -> str:
-    """The text of a request's argument.
-
-    Raises:
-        UserError: if it is an image.
-    """
-    if isinstance(argument, ImageRef):
-        raise UserError(f"{name} takes text alone, but was given an image.")
-    return str(getattr(argument, "text", argument))
 
 
 def part_of(name: str) -> str:

@@ -151,6 +151,10 @@ class MedicalTask(TaskData, Task):  # type: ignore[misc]  # lm-eval carries no t
         """The keys of --metadata by which something in this task is drawn."""
         return frozenset() if self.perturbation.to_dict() is None else frozenset({"perturbation_seed"})
 
+    def needs(self, lm: Any) -> frozenset[Capability]:
+        """What a model must be able to do; a task that can be asked in two ways chooses the one for it."""
+        return self.NEEDS
+
     def refuses(self, lm: Any) -> str | None:
         """Why this task does not run with a model, whatever that can do; None if it does."""
         return self.unfit

@@ -13,12 +13,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import numpy as np
 from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.bootstrap import bootstrap_means
 from medvlm_harness.metrics.choice import choice_hits, frequency_scores, likeness_scores, same_words
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.requests import Capability
+from medvlm_harness.requests import Capability, TextRef, capabilities_of
+from medvlm_harness.tracks.option_trust import OPTION_CALIBRATION, option_calibration
 from medvlm_harness.tracks.prompts import PromptedTask
 from medvlm_harness.tracks.report_pairs import ReportPair, ReportPairs
 from medvlm_harness.tracks.rows import Row
@@ -26,16 +28,18 @@ from medvlm_harness.tracks.rows import Row
 __all__ = ["ChoiceRow", "ImpressionChoice"]
 
 Distractors = Literal["other_labels", "same_labels"]
+AnsweredBy = Literal["likelihood", "similarity"]
 OPTIONS = 4
+SIMILARITY_NEEDS: frozenset[Capability] = frozenset({"embed:text"})
 PARTS = ("", "_abnormal")
 SCORES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRow(Row):
-    """How likely a model found each option, in nats."""
+    """How likely a model found each option, in nats; or its cosine with the findings."""
 
-    log_likelihoods: tuple[float, ...]
+    option_scores: tuple[float, ...]
 
     __str__ = Row.__str__
 
@@ -49,7 +53,12 @@ class _Impression(NamedTuple):
 
 
 class ImpressionChoice(ReportPairs, PromptedTask):
-    """`loglikelihood` requests: the prompt, and each of four impressions after a blank; the likeliest is the answer.
+    """Which of four impressions belongs to these findings? By likelihood, or by similarity where a model has no other.
+
+    `loglikelihood` requests: the prompt, and each impression after a blank; the likeliest is the answer. Of a model
+    that cannot say how likely a text is, but has vectors of texts (a dual encoder, a text encoder without a trained
+    head), `embed` requests: the sections of the report that the prompt holds, and each impression; the answer is the
+    one of the highest cosine. `answered_by` in the details says which, for the two are not the same question.
 
     One is the study's own; three are those of other studies of the same split, no two of the same words. `distractors`
     says which (YAML): `other_labels`, no two of the four with the same labels, or `same_labels`, all four with the same
@@ -69,6 +78,7 @@ class ImpressionChoice(ReportPairs, PromptedTask):
     def read_declaration(self) -> None:
         """Check the prompt and the kind of distractors."""
         super().read_declaration()
+        self.answered_by: AnsweredBy = "likelihood"
         self.distractors: Distractors = self.declared.get("distractors", "other_labels")
         if self.distractors not in get_args(Distractors):
             raise UserError(
@@ -140,24 +150,58 @@ class ImpressionChoice(ReportPairs, PromptedTask):
 
     # --- requests
 
+    def needs(self, lm: Any) -> frozenset[Capability]:
+        """Likelihoods, else vectors of texts."""
+        known = capabilities_of(lm)
+        by_vectors = known is not None and not known >= self.NEEDS and known >= SIMILARITY_NEEDS
+        return SIMILARITY_NEEDS if by_vectors else self.NEEDS
+
+    def refuses(self, lm: Any) -> str | None:
+        """Other words of a prompt change nothing where it is not read."""
+        if self.needs(lm) == SIMILARITY_NEEDS and self.perturbation.prompt is not None:
+            return "this model compares vectors of texts and reads no prompt, whose words were to be changed"
+        return super().refuses(lm)
+
+    def prepare_for(self, lm: Any) -> None:
+        """Settle how it is asked."""
+        super().prepare_for(lm)
+        if self.needs(lm) == SIMILARITY_NEEDS:
+            self.answered_by = "similarity"
+            # By this lm-eval pads the requests of processes that have fewer.
+            setattr(self, "OUTPUT_TYPE", "embed")  # noqa: B010  # a class attribute elsewhere
+
     def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
-        """The prompt with each option."""
+        """The prompt with each option; or the findings, then each option."""
+        if self.answered_by == "similarity":
+            study = self.as_asked(self.by_id[doc["study_id"]])
+            asked = " ".join(self.prompt_field(study, name) for name in self.input_sections())
+            return [
+                Instance("embed", doc, (TextRef(text),), index, metadata=kwargs["metadata"])
+                for index, text in enumerate((asked, *doc["choices"]))
+            ]
         context, before = self.as_chat(doc["prompt"]), "" if self.templated else " "
         return [
             Instance("loglikelihood", doc, (context, f"{before}{option}"), index, metadata=kwargs["metadata"])
             for index, option in enumerate(doc["choices"])
         ]
 
-    def make_row(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> ChoiceRow:
-        """The log-likelihoods of one study's options."""
+    def make_row(self, doc: Mapping[str, Any], results: Sequence[Any]) -> ChoiceRow:
+        """The scores of one study's options."""
         ids = doc["study_id"], doc["patient_id"], doc["split"]
+        if self.answered_by == "similarity":
+            asked, *options = (answer.vector for answer in results)
+            return ChoiceRow(*ids, "", tuple(float(asked @ option) for option in options))
         return ChoiceRow(*ids, "", tuple(float(value) for value, _ in results))
 
     # --- metrics
 
     def metric_names(self) -> tuple[str, ...]:
-        """Accuracy by log-likelihood, and by log-likelihood per byte, overall and on abnormal studies."""
-        return tuple(f"{score}{part}" for part in PARTS for score in SCORES)
+        """Accuracy by log-likelihood, and by log-likelihood per byte, overall and on abnormal studies; calibration."""
+        return (*(f"{score}{part}" for part in PARTS for score in SCORES), *OPTION_CALIBRATION)
+
+    def lower_is_better(self) -> frozenset[str]:
+        """What is an error."""
+        return frozenset(OPTION_CALIBRATION)
 
     @cached_property
     def _documents_by_study(self) -> dict[str, dict[str, Any]]:
@@ -195,14 +239,34 @@ class ImpressionChoice(ReportPairs, PromptedTask):
             found = bootstrap_means(hits, np.array(ids), floors=best, ceilings=[1.0] * len(SCORES))
             for score, one in zip(SCORES, found, strict=True):
                 estimates[f"{score}{part}"] = replace(one, extra={**one.extra, "floors": floors})
+        estimates |= self._calibration(rows, docs)
         return {name: estimates[name] for name in self.metric_names()}
+
+    def _calibration(self, rows: Sequence[ChoiceRow], docs: Sequence[Mapping[str, Any]]) -> Mapping[str, Estimate]:
+        """Of the softmax of the log-likelihoods over the options: how sure a model is that is made to choose."""
+        scores = np.array([row.option_scores for row in rows])
+        reason = None if rows else "no study"
+        if self.answered_by == "similarity":
+            reason = "cosines are no probabilities"
+        elif not np.isfinite(scores).all():
+            reason = "not every answer is a number"
+        if reason is not None:
+            return dict.fromkeys(OPTION_CALIBRATION, Estimate.undefined(reason, n=len(rows)))
+        truth = np.eye(OPTIONS)[[doc["target"] for doc in docs]]
+        return option_calibration(truth, softmax(scores, axis=1), np.array([row.study_id for row in rows]))
 
     def _hits(self, rows: Sequence[ChoiceRow], docs: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
         """Probability of the right answer by each score, (n, 2)."""
-        scores = np.array([row.log_likelihoods for row in rows])
-        size = np.array([[len(option.encode()) for option in doc["choices"]] for doc in docs])
         truth = np.array([doc["target"] for doc in docs])
-        return np.stack([choice_hits(scores, truth), choice_hits(scores / size, truth)], axis=1)
+        return np.stack([choice_hits(scores, truth) for scores in self._scores(rows, docs)], axis=1)
+
+    def _scores(self, rows: Sequence[ChoiceRow], docs: Sequence[Mapping[str, Any]]) -> list[NDArray[np.float64]]:
+        """What `SCORES` choose by, (n, options) each."""
+        scores = np.array([row.option_scores for row in rows])
+        if self.answered_by == "similarity":  # which does not grow with the text
+            return [scores, scores]
+        size = np.array([[len(option.encode()) for option in doc["choices"]] for doc in docs])
+        return [scores, scores / size]
 
     # --- results
 
@@ -212,6 +276,7 @@ class ImpressionChoice(ReportPairs, PromptedTask):
         return {
             **super().details(),
             "distractors": self.distractors,
+            "answered_by": self.answered_by,
             "abnormal_by": self.abnormal_by,
             "read_by": {"labeler": f"{labeler.name} {labeler.version}"},
             "counts": {
@@ -219,19 +284,22 @@ class ImpressionChoice(ReportPairs, PromptedTask):
                 "abnormal_studies": sum(doc["abnormal"] for doc in self.documents),
                 **self.left_out(),
                 "studies_without_distractors": len(self.pairs) - len(self.documents),
-                "answers_not_a_number": sum(math.isnan(value) for row in self.rows for value in row.log_likelihoods),
+                "answers_not_a_number": sum(math.isnan(value) for row in self.rows for value in row.option_scores),
             },
             "right_places": dict(sorted(Counter(doc["target"] for doc in self.documents).items())),
         }
 
     def score_records(self, rows: Sequence[ChoiceRow]) -> Iterator[dict[str, Any]]:
-        """One record per study and score."""
+        """One record per study and score; the answer holds the places of the options that share the choice."""
         if not rows:
             return
-        hits = self._hits(rows, [self._documents_by_study[row.study_id] for row in rows])
-        for row, values in zip(rows, hits.tolist(), strict=True):
-            for score, value in zip(SCORES, values, strict=True):
-                yield self.score_record(row, score, value=value)
+        docs = [self._documents_by_study[row.study_id] for row in rows]
+        scores = np.nan_to_num(np.stack(self._scores(rows, docs), axis=1), nan=-np.inf)
+        best = scores == scores.max(axis=2, keepdims=True)  # (n, 2, options)
+        for row, values, its in zip(rows, self._hits(rows, docs).tolist(), best, strict=True):
+            for score, value, chosen in zip(SCORES, values, its, strict=True):
+                answer = "+".join(map(str, np.flatnonzero(chosen)))
+                yield self.score_record(row, score, value=value, answer=answer)
 
 
 def _generator(study_id: str, what: str) -> np.random.Generator:

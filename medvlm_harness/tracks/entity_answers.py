@@ -381,7 +381,8 @@ def _own_status(phrase: str) -> tuple[str, list[Status]]:
     if tail := _fitting(lower, TAILS, LONGEST_TAIL, behind=True):
         said.append(TAILS[tail])
         words = words[: -len(tail)]
-    return " ".join([*(word.strip(_EDGES) for word in head.split() if colon), *words]), said
+    before = [word.strip(_EDGES) for word in head.split() if colon]
+    return " ".join(word for word in (*before, *words) if word), said
 
 
 def _fitting(

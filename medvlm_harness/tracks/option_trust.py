@@ -15,12 +15,12 @@ from medvlm_harness.metrics.scaling import fit_softmax_temperature, softmax_scal
 from medvlm_harness.metrics.selective import weighted_aurc
 from medvlm_harness.tracks.label_trust import LabelTrust, risk_coverage_points
 
-__all__ = ["OPTION_TRUST", "option_trust"]
+__all__ = ["OPTION_CALIBRATION", "OPTION_TRUST", "option_calibration", "option_trust"]
 
 Array = NDArray[np.float64]
-CALIBRATION = ("brier", "ece", "ece_equal_mass")
+OPTION_CALIBRATION = ("brier", "ece", "ece_equal_mass")
 SELECTIVE = ("aurc", "excess_aurc")
-OPTION_TRUST = (*CALIBRATION, *(f"{name}_scaled" for name in CALIBRATION), *SELECTIVE)
+OPTION_TRUST = (*OPTION_CALIBRATION, *(f"{name}_scaled" for name in OPTION_CALIBRATION), *SELECTIVE)
 ANSWER = "answer"
 
 
@@ -50,12 +50,12 @@ def option_trust(
     """
     temperature = fit_softmax_temperature(fit_truth, fit_probability)
     temperature = replace(temperature, reason=without) if without else temperature
-    stated = _calibration(truth, probability, studies)
+    stated = option_calibration(truth, probability, studies)
     why = temperature.reason or (None if judged.any() else "nothing is scored outside of what was fitted on")
     after = (
-        dict.fromkeys(CALIBRATION, Estimate.undefined(why, n=int(judged.sum())))
+        dict.fromkeys(OPTION_CALIBRATION, Estimate.undefined(why, n=int(judged.sum())))
         if why
-        else _calibration(truth[judged], softmax_scaled(probability[judged], temperature), studies[judged])
+        else option_calibration(truth[judged], softmax_scaled(probability[judged], temperature), studies[judged])
     )
     answer = probability.argmax(axis=1)
     error = (truth[np.arange(len(truth)), answer] == 0).astype(np.float64)
@@ -68,7 +68,8 @@ def option_trust(
     return LabelTrust({name: estimates[name] for name in OPTION_TRUST}, details)
 
 
-def _calibration(truth: Array, probability: Array, studies: NDArray[np.str_]) -> dict[str, Estimate]:
+def option_calibration(truth: Array, probability: Array, studies: NDArray[np.str_]) -> dict[str, Estimate]:
+    """The estimates by `OPTION_CALIBRATION`; arguments as of `option_trust`."""
     distance = ((probability - truth) ** 2).sum(axis=1)
     answer = probability.argmax(axis=1)
     right = truth[np.arange(len(truth)), answer][:, None]
@@ -78,7 +79,7 @@ def _calibration(truth: Array, probability: Array, studies: NDArray[np.str_]) ->
     share = truth.mean(axis=0)
     brier = bootstrap_estimate(_mean_of(distance), studies, floor=float(1 - (share**2).sum()))
     # What is right is no class: neither positives nor a macro are meant.
-    errors = {name: replace(found[f"{name}_{ANSWER}"], positives=None, reason=None) for name in CALIBRATION[1:]}
+    errors = {name: replace(found[f"{name}_{ANSWER}"], positives=None, reason=None) for name in OPTION_CALIBRATION[1:]}
     return {"brier": brier, **errors}
 
 

@@ -216,7 +216,7 @@ def test_without_a_text_the_way_to_give_one_is_named() -> None:
     ],
 )
 def test_a_kind_does_its_own_tasks_alone_and_says_why(kind: Any, need: str, reason: str | None) -> None:
-    task = SimpleNamespace(is_medvlm=True, NEEDS=frozenset({need}), refuses=lambda lm: None)
+    task = SimpleNamespace(is_medvlm=True, needs=lambda lm: frozenset({need}), refuses=lambda lm: None)
     found = unsupported_reason(BaselineBackend(kind=kind), task)
     assert found is None if reason is None else found is not None and found.endswith(reason)
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -17,6 +17,7 @@ from medvlm_harness.data.records import Study, read_dataset
 from medvlm_harness.errors import UserError
 from medvlm_harness.labelers.base import make_labeler
 from medvlm_harness.metrics.choice import same_words
+from medvlm_harness.requests import Embedding
 from medvlm_harness.tracks.choice import ImpressionChoice
 
 NORMAL = ("No acute disease.", "No acute disease", "Normal chest.", "Clear lungs.", "Unremarkable chest x-ray.")
@@ -190,9 +191,20 @@ def test_answers_that_are_no_numbers_are_wrong_and_counted(folder: Path, score: 
 def test_rows_may_come_in_any_order_and_records_hold_every_score(folder: Path, score: Callable[..., Any]) -> None:
     result = score(task(folder), by(noise))
     order = np.random.default_rng(1).permutation(len(result.rows))
-    assert task(folder).estimates([result.rows[k] for k in order]) == result.estimates
+    shuffled = task(folder).estimates([result.rows[k] for k in order])
+    assert {name: one.to_dict() for name, one in shuffled.items()} == {
+        name: one.to_dict() for name, one in result.estimates.items()
+    }
     assert np.mean([r["value"] for r in result.records if r["label"] == "acc"]) == pytest.approx(result.value("acc"))
     assert len(result.records) == 2 * len(result.documents)
+    right = {doc["study_id"]: str(doc["target"]) for doc in result.documents}
+    assert all((r["answer"] == right[r["study"]]) == (r["value"] == 1) for r in result.records)
+
+
+def test_options_that_share_the_choice_are_all_its_answer(folder: Path, score: Callable[..., Any]) -> None:
+    for constant in (-5.0, float("nan")):
+        records = score(task(folder), by(lambda context, option, one=constant: one)).records
+        assert {r["answer"] for r in records if r["label"] == "acc"} == {"0+1+2+3"}
 
 
 def test_without_abnormal_studies_their_accuracy_is_undefined(
@@ -229,3 +241,64 @@ def test_a_set_that_has_no_distractors_or_no_train_split_says_so(
     alone = write_set(tmp_path / "alone", [study(k, text, "test") for k, text in enumerate(texts)])
     with pytest.raises(UserError, match="split train"):  # before a model is asked
         task(alone).test_docs()
+
+
+class Vectors:
+    """A model that has vectors of texts and cannot say how likely one is."""
+
+    CAPABILITIES = frozenset({"embed:text"})
+
+    def answers(self, requests: Sequence[Instance]) -> list[Embedding]:
+        """Words that two texts share bring their vectors together."""
+        found = []
+        for request in requests:
+            vector = np.zeros(256, dtype=np.float32)
+            for word in same_words(request.arguments[0].text).split():
+                vector[crc32(word.encode()) % 256] = 1
+            found.append(Embedding(vector / np.linalg.norm(vector)))
+        return found
+
+
+def test_a_model_with_vectors_alone_answers_by_similarity(folder: Path, score: Callable[..., Any]) -> None:
+    one, lm = task(folder), Vectors()
+    assert one.needs(lm) == {"embed:text"} and one.refuses(lm) is None
+    one.prepare_for(lm)
+    result = score(one, lm.answers)
+    assert result.details["answered_by"] == "similarity"
+    first = one.construct_requests(one.documents[0], "", metadata=("c", 0, 1))
+    assert {i.request_type for i in first} == {one.OUTPUT_TYPE} == {"embed"}
+    assert [i.arguments[0].text for i in first[1:]] == one.documents[0]["choices"]
+    assert first[0].arguments[0].text.endswith("Seen 0.")  # the findings, without the words of the prompt
+    assert result.value("acc") == result.value("acc_norm") > 0.95  # the findings hold the impression's words
+    assert result.estimates["ece"].reason == "cosines are no probabilities"
+
+
+def test_a_model_with_likelihoods_is_asked_for_them(folder: Path) -> None:
+    class Both(Vectors):
+        CAPABILITIES = frozenset({"embed:text", "loglikelihood"})
+
+    class Headless(Both):
+        lacks: ClassVar[dict[str, str]] = {"loglikelihood": "no head"}
+
+    one = task(folder)
+    assert one.needs(Both()) == one.needs(object()) == {"loglikelihood"}
+    assert one.needs(Headless()) == {"embed:text"}
+
+
+def test_other_words_of_a_prompt_are_refused_where_it_is_not_read(folder: Path) -> None:
+    one = task(
+        folder,
+        prompt="Which impression belongs to the findings of this chest x-ray report?\n{findings}\n",
+        perturbation={"name": "paraphrase", "severity": 1},
+    )
+    assert one.refuses(object()) is None
+    assert "reads no prompt" in str(one.refuses(Vectors()))
+
+
+def test_calibration_is_of_the_softmax_over_the_options(folder: Path, score: Callable[..., Any]) -> None:
+    sure_and_wrong = score(task(folder), by(lambda context, option: -99.0 if option.strip() in context else 0.0))
+    assert sure_and_wrong.value("ece") == pytest.approx(1 / 3, abs=1e-6)  # the three others share the probability
+    assert sure_and_wrong.value("brier") == pytest.approx(1 + 3 * (1 / 9), abs=1e-6)
+    sure_and_right = score(task(folder), by(lambda context, option: 0.0 if option.strip() in context else -99.0))
+    assert sure_and_right.value("ece") == pytest.approx(0, abs=1e-6)
+    assert {"ece", "brier"} <= task(folder).lower_is_better()
