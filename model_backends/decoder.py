@@ -25,6 +25,7 @@ from medvlm_harness.model_backends.sequences import (
     cut_at_end,
     pad,
     stop_strings,
+    written_length,
 )
 from medvlm_harness.requests import Generation
 
@@ -111,25 +112,51 @@ class Decoder:
         named = getattr(network.generation_config, "eos_token_id", None)
         ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
         self.end_ids = frozenset(token for token in ends if token is not None)
+        self.new_tokens = 0  # written so far; what fills a batch after a text's end is left out
 
     @torch.inference_mode()
     def score(self, items: Sequence[Scored]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation in nats, and whether it is what greedy decoding gives."""
-        prompts = [item.prompt for item in items]
+        prompts, tokens = [item.prompt for item in items], self._tokens(items)
         if self.seq2seq:
-            context = self._encoder_batch(prompts)
-            labels = pad([item.ids for item in items], filler=self._filler, side="right", limit=self._limit)
-            given = {"input_ids": context.ids, "attention_mask": context.mask, "labels": labels.ids}
-            logits = self._forward(given, prompts)
+            logits = self._forward(tokens, prompts)
             return [continuation_score(logits[row, : len(item.ids)], item.ids) for row, item in enumerate(items)]
-        # The last token predicts nothing. Padded on the left, all continuations end where the batch does, and only
-        # their logits are made: over a vocabulary of 262,144, 1,024 tokens of an item would take 1 GB.
+        # All continuations end where the batch does, and only their logits are made: over a vocabulary of 262,144,
+        # 1,024 tokens of an item would take 1 GB.
+        logits = self._forward(tokens, prompts, use_cache=False, **self._last(max(len(item.ids) for item in items)))
+        return [continuation_score(logits[row, -len(item.ids) :], item.ids) for row, item in enumerate(items)]
+
+    def target_logits(self, items: Sequence[Scored]) -> torch.Tensor:
+        """Logits before each token of each continuation, one item after another, (tokens, vocabulary); for training.
+
+        With gradients, where something learns. The output embeddings see no other place: what they would make of a
+        batch's prompts takes most of the memory.
+        """
+        lengths = [len(item.ids) for item in items]
+
+        def at_targets(head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            kept = [row[:n] if self.seq2seq else row[-n:] for row, n in zip(given[0], lengths, strict=True)]
+            return torch.cat(kept)[None], *given[1:]
+
+        hook = self.network.get_output_embeddings().register_forward_pre_hook(at_targets)
+        try:
+            return self._forward(self._tokens(items), [item.prompt for item in items], use_cache=False)[0]
+        finally:
+            hook.remove()
+
+    def _tokens(self, items: Sequence[Scored]) -> dict[str, torch.Tensor]:
+        """What goes into the model for prompts and continuations; the last token predicts nothing."""
+        if self.seq2seq:
+            context = self._encoder_batch([item.prompt for item in items])
+            labels = pad([item.ids for item in items], filler=self._filler, side="right", limit=self._limit)
+            written = self.network.prepare_decoder_input_ids_from_labels(labels=labels.ids)
+            return {"input_ids": context.ids, "attention_mask": context.mask, "decoder_input_ids": written}
+        # Padded on the left, all continuations end where the batch does.
         batch = pad([(*item.prompt.ids, *item.ids)[:-1] for item in items], filler=self._filler, side="left")
         given = {"input_ids": batch.ids, "attention_mask": batch.mask}
         if "position_ids" in self._accepted and not self._counts_positions:
             given["position_ids"] = batch.positions
-        logits = self._forward(given, prompts, use_cache=False, **self._last(max(len(item.ids) for item in items)))
-        return [continuation_score(logits[row, -len(item.ids) :], item.ids) for row, item in enumerate(items)]
+        return given
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
@@ -158,6 +185,7 @@ class Decoder:
         except (ValueError, TypeError) as error:  # an option that `generate` does not know, or a value it refuses
             raise UserError(f"generation_kwargs {dict(decoding.options)}: {first_line(error)}") from error
         texts = tokens[:, start:].tolist()
+        self.new_tokens += sum(written_length(row, end_ids=self.end_ids, filler=self._filler) for row in texts)
         return [cut_at_end(self.tokenizer, row, end_ids=self.end_ids, stops=stops) for row in texts]
 
     @torch.inference_mode()

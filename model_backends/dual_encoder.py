@@ -53,7 +53,9 @@ class DualEncoder(ImageVectors):
     the task's positive phrases under the same rule, with a warning, and is named in the result.
     """
 
-    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"classify:image", "embed:image", "embed:text"})
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
+        {"classify:image", "embed:image", "embed:text", "profile"}
+    )
     FACTS: ClassVar[tuple[str, ...]] = (*ImageVectors.FACTS, "logit_scale")
     PROMPT_LIST: ClassVar[PromptList | None] = None  # where the publication keeps a list of class prompts
     logit_scale: float = 1.0  # multiplies cosines, where the card's probability_scale says so
@@ -235,7 +237,8 @@ class DualEncoder(ImageVectors):
         size = self.batching.of(self.device)
         with self._progress("texts", len(missing), size) as progress:
             for slot in slots(missing, size):
-                encoded = self._encode_slot(slot, encode)
+                with self.meter.stage("encode_texts", len(slot)):
+                    encoded = self._encode_slot(slot, encode)
                 self.keep(space, {str(TextRef(text)): embedding.to_bytes() for text, embedding in encoded.items()})
                 vectors.update(encoded)
                 self.texts_encoded += len(slot)

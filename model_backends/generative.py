@@ -71,10 +71,12 @@ class GenerativeBackend(TransformersBackend):
     """
 
     CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
-        {"generate_until", "loglikelihood", "loglikelihood_rolling"}
+        {"generate_until", "loglikelihood", "loglikelihood_rolling", "profile"}
     )
+    REMEMBERED: ClassVar[tuple[str, ...]] = ("_answers",)
     DEFAULT_PRECISION: ClassVar[str] = "checkpoint"
     DECODER: ClassVar[type[Decoder]] = Decoder
+    VIRTUAL_TOKENS: ClassVar[bool] = True
 
     def __init__(self, *, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
@@ -266,7 +268,8 @@ class GenerativeBackend(TransformersBackend):
         size = self._size(self.batching, lambda n: self.decoder.score([longest] * n), len(longest), logits)
         with self._progress("Scoring", len(order), size) as progress:
             for slot in slots(order, size):
-                parts = self.batching.in_parts(slot, lambda part: self.decoder.score([items[key] for key in part]))
+                with self.meter.stage("score", len(slot), sum(len(items[key]) for key in slot)):
+                    parts = self.batching.in_parts(slot, lambda part: self.decoder.score([items[key] for key in part]))
                 yield dict(zip(slot, [score for part in parts for score in part], strict=True))
                 progress.update(len(slot))
 
@@ -282,15 +285,26 @@ class GenerativeBackend(TransformersBackend):
             )
         with self._progress("Generating", len(order), size) as progress:
             for slot in slots(order, size):
-                if decoding.sampled:
-                    texts = [self._drawn(slot[0], prompts[slot[0]], decoding)]
-                else:
-                    parts = self.generation_batching.in_parts(
-                        slot, lambda part: self.decoder.generate([prompts[key] for key in part], decoding)
-                    )
-                    texts = [text for part in parts for text in part]
+                with self.meter.stage("generate", len(slot)) as batch:
+                    before = self.decoder.new_tokens
+                    texts = self._written([(key, prompts[key]) for key in slot], decoding)
+                    batch.tokens = self.decoder.new_tokens - before
                 yield dict(zip(slot, texts, strict=True))
                 progress.update(len(slot))
+
+    def _written(self, slot: Sequence[tuple[str, Prompt]], decoding: Decoding) -> list[Generation]:
+        """The texts of one slot."""
+        if decoding.sampled:
+            return [self._drawn(*slot[0], decoding)]
+        parts = self.generation_batching.in_parts(
+            slot, lambda part: self.decoder.generate([prompt for _, prompt in part], decoding)
+        )
+        return [text for part in parts for text in part]
+
+    def use_batch_size(self, size: int) -> None:
+        """Adds that of generation."""
+        super().use_batch_size(size)
+        self.generation_batching = BatchSize(self.batching.asked)
 
     def _drawn(self, key: str, prompt: Prompt, decoding: Decoding) -> Generation:
         """A sampled text: the same for the same key, whatever was drawn before."""

@@ -15,7 +15,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from medvlm_harness.errors import UserError
-from medvlm_harness.model_backends.batching import slots
+from medvlm_harness.model_backends.batching import BatchSize, slots
 from medvlm_harness.model_backends.decoding import prepared
 from medvlm_harness.model_backends.image_preparation import find_preparation
 from medvlm_harness.model_backends.torch_backend import TorchBackend
@@ -35,16 +35,32 @@ class ImageVectors(TorchBackend):
     `preprocessing=`: see `image_preparation.py`.
     """
 
-    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"embed:image"})
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"embed:image", "profile"})
+
+    REMEMBERED: ClassVar[tuple[str, ...]] = ("_image_vectors",)
 
     def __init__(self, *, decode_threads: int | None = None, preprocessing: str | None = None, **options: Any) -> None:
         self.preparation = find_preparation(preprocessing)
         super().__init__(**options)
+        self.image_batching = self.batching
+        if self._batches_images_apart:
+            self.image_batching = BatchSize(self.batch_size_asked, self.max_batch_size)
         if decode_threads is not None and (not isinstance(decode_threads, int) or decode_threads < 1):
             raise UserError(f"Expected decode_threads to be 1 or more, but got {decode_threads!r}.")
         self.decode_threads = decode_threads or (CPU_DECODE_THREADS if self.device.type == "cpu" else DECODE_THREADS)
         self.images_encoded = self.images_recalled = 0
         self._image_vectors: dict[str, Vectors] = {}
+
+    @property
+    def _batches_images_apart(self) -> bool:
+        """Whether texts are computed one by one and images, all of one size, are not."""
+        way = self.quantization
+        return way is not None and way.alone and way.batches_images(self._device)
+
+    def use_batch_size(self, size: int) -> None:
+        """Adds that of images."""
+        super().use_batch_size(size)
+        self.image_batching = BatchSize(size) if self._batches_images_apart else self.batching
 
     # --- for subclasses, beside `locate` and `load`
 
@@ -86,7 +102,9 @@ class ImageVectors(TorchBackend):
                 return self.encode_image_maps(pixels.to(self.device, self.dtype)).float().cpu()
 
         for refs, pixels in self._pixels(images):
-            yield refs, torch.cat(self.batching.in_parts(pixels, encode))
+            with self.meter.stage("encode_images", len(refs)):
+                maps = torch.cat(self.image_batching.in_parts(pixels, encode))
+            yield refs, maps
 
     # --- requests
 
@@ -122,7 +140,7 @@ class ImageVectors(TorchBackend):
 
         None where there is nothing to measure.
         """
-        sample = images[: self.batching.of(self.device)]
+        sample = images[: self.image_batching.of(self.device)]
 
         def encode() -> None:
             for _, pixels in self._pixels(sample):
@@ -153,7 +171,8 @@ class ImageVectors(TorchBackend):
         self.images_recalled += len(stored)
         missing = [image for key, image in of_file.items() if key not in stored]
         for refs, pixels in self._pixels(missing):
-            parts = self.batching.in_parts(pixels, self._encode_pixels)
+            with self.meter.stage("encode_images", len(refs)):
+                parts = self.image_batching.in_parts(pixels, self._encode_pixels)
             vectors = dict(zip(refs, unit(torch.cat(parts).numpy()), strict=True))
             self.keep(space, {ref.file_sha256: Embedding(vector).to_bytes() for ref, vector in vectors.items()})
             self._image_vectors.update(vectors)
@@ -167,7 +186,12 @@ class ImageVectors(TorchBackend):
         size = self._batch_size(refs[0])
         batches = prepared(slots(refs, size), self.prepare, ahead=size, threads=self.decode_threads)
         with self._progress("images", len(refs), size) as progress:
-            for slot, pixels in batches:
+            while True:
+                with self.meter.stage("decode") as waiting:
+                    slot, pixels = next(batches, ((), None))
+                    waiting.items = len(slot)
+                if pixels is None:
+                    return
                 yield slot, pixels
                 progress.update(len(slot))
 
@@ -178,7 +202,7 @@ class ImageVectors(TorchBackend):
             ((_, pixels),) = prepared(iter([[ref]]), self.prepare, ahead=1, threads=1)
             self._encode_pixels(pixels.expand(n, *pixels.shape[1:]))
 
-        return self.batching.of(self.device, attempt)
+        return self.image_batching.of(self.device, attempt)
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -195,6 +219,7 @@ class ImageVectors(TorchBackend):
         return {
             **super().describe(),
             "preprocessing": str(self.preparation),
+            "image_batch_size": self.image_batching.found,
             "images_encoded": self.images_encoded,
             "images_recalled": self.images_recalled,
         }

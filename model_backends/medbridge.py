@@ -13,14 +13,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from lm_eval.api.instance import Instance
-from numpy.typing import NDArray
 from PIL.Image import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from scipy.special import expit
 from tqdm import tqdm
 
 from medvlm_harness.errors import UserError
@@ -30,7 +26,9 @@ from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.decoding import prepared
 from medvlm_harness.model_backends.dual_encoder import DualEncoder
-from medvlm_harness.model_backends.frozen_encoder import check_weights, recorded_encoder
+from medvlm_harness.model_backends.frozen_encoder import recorded_encoder
+from medvlm_harness.model_backends.identity import check_weights
+from medvlm_harness.model_backends.label_head import LabelHeadBackend
 from medvlm_harness.model_backends.medbridge_adapter import (
     AdapterConfig,
     Injection,
@@ -43,7 +41,7 @@ from medvlm_harness.model_backends.medbridge_adapter import (
 from medvlm_harness.model_backends.open_clip_towers import load_exactly
 from medvlm_harness.model_backends.torch_backend import TorchBackend
 from medvlm_harness.model_backends.tower_tokens import token_tower
-from medvlm_harness.requests import Capability, ImageRef, Label, LabelScores, LabelSet
+from medvlm_harness.requests import ImageRef
 
 __all__ = [
     "SETTINGS_FILE",
@@ -57,7 +55,6 @@ __all__ = [
 SETTINGS_FILE, WEIGHTS_FILE = "medbridge.json", "medbridge.safetensors"
 FORMAT = 1
 HOW_TO_TRAIN = "train one: medvlm finetune --method medbridge (docs/medbridge.md)"
-Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,23 +109,20 @@ def view_pixels(expert: DualEncoder, image: Image, windows: Sequence[Window], cr
     return torch.stack([expert.preprocess(view) for view in view_images(expert.preparation(image), windows, crop)])
 
 
-class MedBridgeBackend(TorchBackend):
-    """Scores the labels that it was trained for: margin = logit, probability = its sigmoid.
+class MedBridgeBackend(LabelHeadBackend):
+    """The adapter over its experts; see `LabelHeadBackend`.
 
     `pretrained=` is a folder that `medvlm finetune --method medbridge` wrote. The experts are looked for where they lay
     in training; `experts=PATH+PATH` says where they lie now, in their order. `batch_size` counts views.
     """
 
-    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"classify:image"})
-    FACTS: ClassVar[tuple[str, ...]] = (*TorchBackend.FACTS, "trained_parameters")
+    FACTS: ClassVar[tuple[str, ...]] = (*LabelHeadBackend.FACTS, "trained_parameters")
     trained_parameters: int | None = None
     card: ModelCard = backend_card("medbridge")
 
     def __init__(self, *, experts: str | None = None, **options: Any) -> None:
         self._moved = [] if experts is None else str(experts).split("+")
         super().__init__(**options)
-        self.images_encoded = self.images_recalled = 0
-        self._logits: dict[str, Logits] = {}
 
     def locate(self) -> Checkpoint:
         """The trained weights and their settings."""
@@ -160,9 +154,18 @@ class MedBridgeBackend(TorchBackend):
             moved = self._moved[place] if self._moved else None
             record = {**expert.encoder, "args": args}
             encoder = recorded_encoder(record, pretrained=moved, device=str(self.device))
+            encoder.meter = self.meter
             check_weights(f"Expert {encoder.card.name}", record["weights"], encoder.weights, option="experts")
             opened.append(encoder)
         return opened
+
+    def parts(self) -> list[TorchBackend]:
+        """Adds the experts."""
+        return [self, *self.experts]
+
+    def use_batch_size(self, size: int) -> None:
+        """Of views: as many as so many images have."""
+        super().use_batch_size(size * self.settings.adapter.views)
 
     def _complete_card(self) -> None:
         """The card beside the weights says what it was trained on; whose it is not stays said."""
@@ -187,7 +190,7 @@ class MedBridgeBackend(TorchBackend):
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as weights: {error}") from error
         load_exactly(model, state, str(path), SETTINGS_FILE)
-        self.model = self.adapter = model
+        self.model = self.network = model
         self.trained_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parameters = self.trained_parameters + sum(expert.parameters or 0 for expert in self.experts)
         self.transform = f"{settings.adapter.views} views, each: " + "; ".join(
@@ -200,62 +203,21 @@ class MedBridgeBackend(TorchBackend):
         del settings["experts"]
         return {**settings, "experts": [expert.identity for expert in self.experts]}
 
-    # --- requests
+    # --- answers
 
-    def refuses(self, label_set: LabelSet) -> str | None:
-        """Exclusive options, and labels that it was not trained for."""
-        if label_set.kind == "multiclass":
-            return "it was trained for independent labels, not for options that exclude each other"
-        untrained = [label.name for label in label_set.labels if label.key not in self._columns]
-        if untrained:
-            return f"it was not trained for {', '.join(untrained)} (but for {', '.join(self.settings.labels)})"
-        return None
+    @property
+    def labels(self) -> Sequence[str]:
+        """Those of the settings."""
+        return self.settings.labels
 
-    def classify(self, requests: Sequence[Instance]) -> list[LabelScores]:
-        """Logit and probability of each image for the labels of its set.
-
-        Raises:
-            UserError: for a set with labels that it was not trained for.
-        """
-        columns: dict[str, list[int]] = {}
-        for request in requests:
-            label_set: LabelSet = request.arguments[1]
-            if str(label_set) in columns:
-                continue
-            if reason := self.refuses(label_set):
-                raise UserError(f"{self.card.name} cannot score {label_set.name}: {reason}.")
-            columns[str(label_set)] = [self._columns[label.key] for label in label_set.labels]
-        self._score([request.arguments[0] for request in requests])
-        responses = []
-        for request in requests:
-            margin = self._logits[request.arguments[0]][columns[str(request.arguments[1])]].astype(np.float64)
-            responses.append(LabelScores(tuple(margin.tolist()), tuple(expit(margin).tolist())))
-        return responses
-
-    @cached_property
-    def _columns(self) -> dict[str, int]:
-        """Label key -> its place in the head."""
-        return {Label(name, ()).key: place for place, name in enumerate(self.settings.labels)}
-
-    def _score(self, images: Sequence[ImageRef]) -> None:
-        new = {str(image): image for image in images if image not in self._logits}
-        if not new:
-            return
-        space = self.space("classify")
-        stored = self.recall(space, new, lambda value: np.frombuffer(value, dtype="<f4").astype(np.float32))
-        self._logits.update(stored)
-        self.images_recalled += len(stored)
-        missing = [image for key, image in new.items() if key not in stored]
-        if missing:
-            self.ensure_loaded()
+    def compute(self, images: Sequence[ImageRef]) -> None:
+        """In slots of views."""
         size = max(1, self.batching.of(self.device) // self.settings.adapter.views)
-        with tqdm(total=len(missing), desc="Scoring images", unit="image", disable=len(missing) <= size) as progress:
-            for refs, pixels in self._pixels(missing, size):
-                parts = self.batching.in_parts(range(len(refs)), partial(self._forward, pixels))
-                logits = dict(zip(map(str, refs), torch.cat(parts).numpy(), strict=True))
-                self.keep(space, {key: value.astype("<f4").tobytes() for key, value in logits.items()})
-                self._logits.update(logits)
-                self.images_encoded += len(refs)
+        with tqdm(total=len(images), desc="Scoring images", unit="image", disable=len(images) <= size) as progress:
+            for refs, pixels in self._pixels(images, size):
+                with self.meter.stage("encode_images", len(refs)):
+                    parts = self.batching.in_parts(range(len(refs)), partial(self._forward, pixels))
+                self.keep_logits(refs, torch.cat(parts).numpy())
                 progress.update(len(refs))
 
     def _pixels(self, refs: Sequence[ImageRef], size: int) -> Iterator[tuple[Sequence[ImageRef], list[torch.Tensor]]]:
@@ -269,13 +231,19 @@ class MedBridgeBackend(TorchBackend):
 
             return prepared(slots(refs, size), prepare, ahead=size, threads=expert.decode_threads)
 
-        for parts in zip(*map(of, self.experts), strict=True):
+        batches = zip(*map(of, self.experts), strict=True)
+        while True:
+            with self.meter.stage("decode") as waiting:
+                parts = next(batches, ())
+                waiting.items = len(parts[0][0]) if parts else 0
+            if not parts:
+                return
             yield parts[0][0], [pixels for _, pixels in parts]
 
     def _forward(self, pixels: Sequence[torch.Tensor], part: range) -> torch.Tensor:
         with torch.inference_mode():
-            stems = self.adapter.stems([one[part.start : part.stop].to(self.device, self.dtype) for one in pixels])
-            logits: torch.Tensor = self.adapter(stems).float().cpu()
+            stems = self.network.stems([one[part.start : part.stop].to(self.device, self.dtype) for one in pixels])
+            logits: torch.Tensor = self.network(stems).float().cpu()
         return logits
 
     # --- results

@@ -26,10 +26,12 @@ from medvlm_harness.model_backends.cards import CARD_FILE, ModelCard
 from medvlm_harness.model_backends.catalogue import backend_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.dual_encoder import DualEncoder
-from medvlm_harness.model_backends.frozen_encoder import check_weights, recorded_encoder
+from medvlm_harness.model_backends.frozen_encoder import recorded_encoder
+from medvlm_harness.model_backends.identity import check_weights
 from medvlm_harness.model_backends.image_preparation import AS_PUBLISHED
 from medvlm_harness.model_backends.language_model import LanguageModelBackend
 from medvlm_harness.model_backends.sequences import Prompt
+from medvlm_harness.model_backends.torch_backend import TorchBackend
 from medvlm_harness.model_backends.towers import refuse_key_mismatch
 from medvlm_harness.model_backends.vision_language import VisionLanguageBackend, turn_parts
 from medvlm_harness.requests import ImageRef
@@ -204,10 +206,15 @@ class ProjectorBackend(VisionLanguageBackend):
         if self.preparation == AS_PUBLISHED:  # as in training
             self.preparation = self.encoder.preparation
         self.encoder.preparation = self.preparation
+        self.encoder.meter = self.meter
         self.pretrained = str(self._language_model or self.recipe["language_model"]["pretrained"])
         language = super().locate()
         self.card = replace(self.card, name=self.home.name, source=None)  # above, they are the language model's
         return Checkpoint((self.home / WEIGHTS_FILE, *language.weights), language.settings)
+
+    def parts(self) -> list[TorchBackend]:
+        """Adds the encoder."""
+        return [self, self.encoder]
 
     def model_class(self) -> Any:
         """The language model's, which must be causal."""

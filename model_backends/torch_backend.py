@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from lm_eval.api.instance import Instance
 
 from medvlm_harness.data.records import file_sha256
 from medvlm_harness.errors import UserError
+from medvlm_harness.model_backends.adapters import find_adapter
 from medvlm_harness.model_backends.allocation import keep_freed_memory
 from medvlm_harness.model_backends.base import MedicalLM
 from medvlm_harness.model_backends.batching import BatchSize
@@ -27,9 +29,14 @@ from medvlm_harness.model_backends.cards import ModelCard, card_beside
 from medvlm_harness.model_backends.catalogue import find, published_card
 from medvlm_harness.model_backends.checkpoints import Checkpoint
 from medvlm_harness.model_backends.first_load import FIRST_LOADS, compare_with_first_load, refuse_other_bytes
+from medvlm_harness.model_backends.footprint import Footprint, footprint
 from medvlm_harness.model_backends.identity import code_sha256, combined_sha256, library_versions, state_sha256
 from medvlm_harness.model_backends.image_preparation import AS_PUBLISHED, ImagePreparation
+from medvlm_harness.model_backends.memory_watch import MemoryWatch
+from medvlm_harness.model_backends.meter import Meter
 from medvlm_harness.model_backends.precision import choose_precision, dtype_of
+from medvlm_harness.model_backends.quantization import Quantization, check_rounded, find_quantization, quantize_loaded
+from medvlm_harness.requests import Profile
 from medvlm_harness.store import Space, Store, open_store
 
 __all__ = ["TorchBackend", "pick_device"]
@@ -45,13 +52,16 @@ class TorchBackend(MedicalLM):
 
     A subclass names its files (`locate`), loads them (`load`) and says what of its preprocessing is not in them.
 
-    `card=NAME` says that a local copy is a model of the catalogue, whose card the results then have.
+    `card=NAME` says that a local copy is a model of the catalogue, whose card the results then have. What
+    `quantization=` and `peft=` take: `quantization.py`, `adapters.py`.
     """
 
     DEFAULT_PRECISION: ClassVar[str] = "fp32"
     # Attributes that `load` sets, and that answers or results need: kept in the store beside the answers.
-    FACTS: ClassVar[tuple[str, ...]] = ("parameters", "transform")
+    FACTS: ClassVar[tuple[str, ...]] = ("parameters", "transform", "held")
+    VIRTUAL_TOKENS: ClassVar[bool] = False  # whether `peft=` may be prompt learning: the model is called as a whole
     parameters: int | None = None
+    held: Mapping[str, int] | None = None  # the `Footprint` of the loaded model
     transform: str | None = None  # how pixels are prepared, for people
     model: torch.nn.Module | None = None  # what `load` built; cast and moved here
     preparation: ImagePreparation = AS_PUBLISHED  # of pictures, before the model's own preprocessing
@@ -62,18 +72,25 @@ class TorchBackend(MedicalLM):
         pretrained: str,
         device: str | None = None,
         precision: str | None = None,
+        quantization: str | None = None,
+        peft: str | None = None,
         store: str = "auto",
         card: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.pretrained = str(pretrained)
+        self.quantization, self.adapter = find_quantization(quantization), find_adapter(peft)
         self._device = pick_device(device, self.ranks.local_rank)
+        self.meter, self.memory = Meter(self._device), MemoryWatch(self._device)
         self.checkpoint = self.locate()
         self.card = self._published(card)
         self.precision_asked = str(precision or self.DEFAULT_PRECISION)
         self.precision = self.choose_precision(self.precision_asked)
         self.dtype = dtype_of(self.precision)
+        self.batch_size_asked = self.batch_size
+        if self.quantization is not None and self.quantization.alone:
+            self._compute_one_by_one(self.quantization)
         self.batching = BatchSize(self.batch_size, self.max_batch_size)
         self.loaded = self._learned = False
         self._digests: dict[Path, Future[str]] = {}
@@ -107,16 +124,44 @@ class TorchBackend(MedicalLM):
         return choose_precision(asked, self._device)
 
     def place(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model that `load` built, on its device and in its precision."""
-        return model.to(self.device, self.dtype)
+        """The model that `load` built, on its device and in its precision, rounded and with its adapter."""
+        return self.finish(model.to(self.device, self.dtype))
+
+    def finish(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Round the weights of a model on its device, in its precision, and put the adapter on.
+
+        Layers are replaced in place: whoever holds the model, or a part of it, has them too.
+
+        Raises:
+            UserError: if there is nothing to round, or the adapter does not fit.
+        """
+        if self.quantization is not None:
+            quantize_loaded(self.quantization, model, self.dtype)
+            check_rounded(self.quantization, model, self.card.name)
+        if self.adapter is None:
+            return model
+        if self.adapter.is_prompt_learning and not self.VIRTUAL_TOKENS:
+            raise UserError(
+                f"{self.adapter.folder} holds virtual tokens (prompt or prefix tuning), which {self.card.name} "
+                f"({self.card.family}) does not take: use an adapter in layers, such as LoRA."
+            )
+        if self.checkpoint.weights:  # else they are the loaded ones, whose hash `adapter_identity` compares
+            self.adapter.check_base(self.weights)
+        adapted = self.adapter.put_on(model)
+        if self.parameters is not None:
+            self.parameters += self.adapter.parameters
+        return adapted
 
     def quantization_identity(self) -> Mapping[str, Any] | None:
-        """How weights are rounded after loading, and by which library; None if they are not."""
-        return None
+        """How weights are rounded, and by which library; None if they are not."""
+        return None if self.quantization is None else self.quantization.identity()
 
     def adapter_identity(self) -> Mapping[str, Any] | None:
         """Hash of the adapter that is put on the model, and by which library; None without one."""
-        return None
+        if self.adapter is None:
+            return None
+        self.adapter.check_base(self.weights)
+        return self.adapter.identity()
 
     # --- loading
 
@@ -130,10 +175,12 @@ class TorchBackend(MedicalLM):
             torch.cuda.set_device(self.device)  # some kernels run on the current one, wherever their tensors are
         if self.precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: 10 bits of 23
-        self.load()
-        if self.model is not None:
-            self._loaded_weights = None if self.checkpoint.weights else state_sha256(self.model)
-            self.model = self.place(self.model).eval()
+        with self.meter.stage("load", 1):
+            self.load()
+            if self.model is not None:
+                self._loaded_weights = None if self.checkpoint.weights else state_sha256(self.model)
+                self.model = self.place(self.model).eval()
+                self.held = asdict(footprint(self.model))
         self.loaded = True
 
     def learn(self) -> None:
@@ -170,11 +217,19 @@ class TorchBackend(MedicalLM):
         return known or self.card
 
     def _complete_card(self) -> None:
-        """Add what was measured, and what the `medvlm_card.yaml` beside the weights says."""
+        """Add what was measured, and what the `medvlm_card.yaml` beside the weights says.
+
+        What is not known of an adapter's training data, is not known of the whole.
+        """
         parameters = self.card.parameters if self.parameters is None else self.parameters
         self.card = replace(self.card, parameters=parameters, preprocessing=self.transform or self.card.preprocessing)
         if self.checkpoint.weights:
             self.card = card_beside(self.checkpoint.weights[0], self.card)
+        if self.adapter is not None:
+            added = card_beside(self.adapter.folder, replace(self.card, trained_on=None)).trained_on
+            base = self.card.trained_on
+            both = None if added is None or base is None else (*base, *(one for one in added if one not in base))
+            self.card = replace(self.card, trained_on=both)
 
     # --- the store
 
@@ -240,12 +295,40 @@ class TorchBackend(MedicalLM):
         """What is stored for these inputs."""
         if space is None or self.store is None:
             return {}
-        return {key: read(value) for key, value in self.store.get(space, inputs).items()}
+        with self.meter.stage("store") as batch:
+            found = {key: read(value) for key, value in self.store.get(space, inputs).items()}
+            batch.items = len(found)
+        return found
 
     def keep(self, space: Space | None, answers: Mapping[str, bytes]) -> None:
         """Store answers, in one transaction."""
         if space is not None and self.store is not None:
-            self.store.put(space, answers)
+            with self.meter.stage("store", len(answers)):
+                self.store.put(space, answers)
+
+    # --- what it costs
+
+    REMEMBERED: ClassVar[tuple[str, ...]] = ()  # attributes: dicts of answers by their inputs
+
+    def profile(self, requests: Sequence[Instance]) -> list[Profile | None]:
+        """What workloads cost on this machine, measured by requests whose answers are neither stored nor kept."""
+        from medvlm_harness.model_backends.profiling import profile
+
+        return [profile(self, request.arguments[1]) for request in requests]
+
+    def forget(self) -> None:
+        """Forget what was answered in this process, so that the same inputs are computed again."""
+        for name in self.REMEMBERED:
+            setattr(self, name, {})
+
+    def use_batch_size(self, size: int) -> None:
+        """Take so many items in a forward pass from here on, unless each is to be computed alone."""
+        alone = self.quantization is not None and self.quantization.alone
+        self.batching = BatchSize(1 if alone else size)
+
+    def parts(self) -> list[TorchBackend]:
+        """The backends that hold its weights: itself, and frozen ones that it is built on."""
+        return [self]
 
     # --- results
 
@@ -256,7 +339,7 @@ class TorchBackend(MedicalLM):
         return combined_sha256(hashes) if len(hashes) > 1 else next(iter(hashes), None)
 
     def describe(self) -> dict[str, Any]:
-        """Card, hashes of the weights, precision, batch size and device."""
+        """Card, hashes of the weights, precision, quantisation, adapter, batch size and device."""
         self.learn()
         return {
             "card": self.card.to_dict(),
@@ -264,10 +347,32 @@ class TorchBackend(MedicalLM):
             "weight_files_sha256": self.weights if self.checkpoint.weights else {},
             "precision": self.precision,
             "precision_asked": self.precision_asked,
+            "quantization": self._describe_quantization(),
+            "adapter": self.adapter_identity(),
             "batch_size": self.batching.found,
             "device": str(self.device),
             "store": "off" if self.store is None else "on",
         }
+
+    def _describe_quantization(self) -> dict[str, Any] | None:
+        """The way, the rounded share of the matrices and of all weights, and the bytes that the model takes."""
+        identity = self.quantization_identity()
+        if identity is None or self.held is None:
+            return None
+        held = Footprint(**self.held)
+        return {
+            **identity,
+            "share": held.quantized_share,
+            "parameters_share": held.quantized / held.parameters,
+            "bytes": held.bytes,
+        }
+
+    def _compute_one_by_one(self, way: Quantization) -> None:
+        but = ", but for images" if way.batches_images(self._device) else ""
+        if (self.batch_size or 1) > 1:
+            _log.warning("quantization=%s: batch_size=%s is not used, see below%s", way.name, self.batch_size, but)
+        _log.info("quantization=%s: items are computed one by one, else they would change each other%s", way.name, but)
+        self.batch_size = 1
 
 
 def pick_device(device: str | None, local_rank: int = 0) -> torch.device:

@@ -52,7 +52,9 @@ class VisionLanguageBackend(GenerativeBackend):
     All answers about one image share one pass over it (`shared_prefill.py`), where the image comes before the question.
     """
 
-    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset({"generate_until", "loglikelihood", "classify:image"})
+    CAPABILITIES: ClassVar[frozenset[Capability]] = frozenset(
+        {"generate_until", "loglikelihood", "classify:image", "profile"}
+    )
 
     def __init__(
         self, *, answer_scoring: AnswerScoring = "full", preprocessing: str | None = None, **options: Any
@@ -122,9 +124,10 @@ class VisionLanguageBackend(GenerativeBackend):
             rows = self._rows(first)
             with self._progress("Classifying", len(missing), 1) as progress:
                 for slot in slots(missing, max(1, rows // len(first))):
-                    parts = self.batching.in_parts(
-                        slot, lambda part: self._label_scores([inputs[key] for key in part], rows)
-                    )
+                    with self.meter.stage("score", len(slot)):
+                        parts = self.batching.in_parts(
+                            slot, lambda part: self._label_scores([inputs[key] for key in part], rows)
+                        )
                     scores = [one for part in parts for one in part]
                     yield {key: StoredAnswer(list(one), 0) for key, one in zip(slot, scores, strict=True)}
                     progress.update(len(slot))

@@ -210,6 +210,12 @@ class VlmBackend(VisionLanguageBackend):
     def _moved(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self._device, self.dtype if value.is_floating_point() else value.dtype)
 
+    def forget(self) -> None:
+        """Adds the images that were opened and prepared last."""
+        super().forget()
+        decoded.cache_clear()
+        self.processor.image_processor.forget()
+
     # --- results
 
     def describe(self) -> dict[str, Any]:
@@ -232,6 +238,10 @@ class _PreparedOnce:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)
+
+    def forget(self) -> None:
+        """Prepare anew from here on."""
+        self._answers.clear()
 
     def __call__(self, images: Any, **options: Any) -> Any:
         flat = [one for own in images for one in own]

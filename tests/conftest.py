@@ -253,7 +253,7 @@ def projector_of(small_language_model: Path, light_and_dark: Dataset) -> Callabl
     def train(output: Path, *, steps: int = 60, eval_steps: int = 20, seed: int = 0, **options: Any) -> Any:
         values = {"grid": 2, "hidden": 32, "instruction": "Findings:", "learning_rate": 0.01, **options}
         method = ProjectorMethod(
-            encoder="medvlm-tiny",
+            model="medvlm-tiny",
             device="cpu",
             language_model=str(small_language_model),
             schedule=Schedule(steps=steps, batch_size=4, eval_steps=eval_steps, seed=seed),

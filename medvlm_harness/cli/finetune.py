@@ -1,13 +1,17 @@
-"""`medvlm finetune`: train a small part on frozen models, to be evaluated as a model of its own."""
+"""`medvlm finetune`: train a small part on a base model that stays as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medvlm_harness.cli.data import known_dataset
+
+if TYPE_CHECKING:
+    from medvlm_harness.metrics.estimate import Estimate
 
 __all__ = ["app"]
 
@@ -18,9 +22,9 @@ app = typer.Typer()
 def finetune(
     method: Annotated[str, typer.Option(help="What is trained; docs/finetune.md describes the methods.")],
     output: Annotated[Path, typer.Option("--output", "--output-path", "--output_path", help="A new folder.")],
-    encoder: Annotated[str, typer.Option(help="The frozen dual encoder: a name from `medvlm models`.")],
-    encoder_args: Annotated[
-        str, typer.Option("--encoder-args", "--encoder_args", help="Its --model_args: pretrained=DIR,...")
+    model: Annotated[str, typer.Option(help="The base model: a name from `medvlm models`.")] = "",
+    model_args: Annotated[
+        str, typer.Option("--model-args", "--model_args", help="Its options, as for an evaluation: pretrained=DIR,...")
     ] = "",
     dataset: Annotated[str, typer.Option(help="Prepared set: iu_cxr or demo_cxr.")] = "iu_cxr",
     data_dir: Annotated[
@@ -61,9 +65,7 @@ def finetune(
         eval_steps=eval_steps,
         patience=patience,
     )
-    built = build_method(
-        method, option or [], encoder=encoder, encoder_args=encoder_args, device=device, schedule=schedule
-    )
+    built = build_method(method, option or [], model=model, model_args=model_args, device=device, schedule=schedule)
     data = TrainingData.of(find_dataset(dataset, data_dir=data_dir))
     trained = train(built, data, output.expanduser())
     typer.echo(
@@ -71,5 +73,25 @@ def finetune(
         f"validation loss {trained.first_validation_loss:.3f} -> {trained.validation_loss:.3f} at step "
         f"{trained.best_step}, whose {trained.parameters:,} weights are kept"
     )
+    for line in _validated(trained.validation):
+        typer.echo(line)
     typer.echo(f"wrote {output}")
-    typer.echo(f"evaluate:  medvlm run --model {built.EVALUATED_BY} --model_args pretrained={output} --tasks ...")
+    typer.echo(f"evaluate:  medvlm run {built.evaluation(output)} --tasks ...")
+
+
+def _validated(validation: Mapping[str, Estimate]) -> Iterator[str]:
+    """A line for each metric; of those before and after, whether their difference is beyond its interval."""
+    end = "_after_minus_before"
+    gains = [name.removesuffix(end) for name in validation if name.endswith(end)]
+    for metric in gains:
+        before, after, difference = (validation[f"{metric}{kind}"] for kind in ("_before", "_after", end))
+        low, high = difference.ci95
+        told = "better" if low > 0 else "worse" if high < 0 else "no difference beyond its interval"
+        yield f"validation {metric} {_cell(before)} -> {_cell(after)}, difference {_cell(difference)}: {told}"
+    for name, estimate in validation.items():
+        if not name.startswith(tuple(f"{metric}_" for metric in gains)):
+            yield f"validation {name} {_cell(estimate)}"
+
+
+def _cell(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.ci95[0]:.3f}, {estimate.ci95[1]:.3f}]"

@@ -54,7 +54,9 @@ def card_of(method: Method, data: TrainingData, trained: Trained, name: str) -> 
         "name": name,
         "summary": f"{method.NAME} trained on {data.name}",
         "licence": f"derived from data under: {data.licence}; base models: "
-        + "; ".join(f"{base.name}: {base.licence or 'not stated'}" for base in trained.base_models.values()),
+        + (
+            "; ".join(f"{base.name}: {base.licence or 'not stated'}" for base in trained.base_models.values()) or "none"
+        ),
         "trained_on": _distinct([data.trained_on(), *known]),
         "training": {
             "method": method.NAME,
@@ -73,10 +75,13 @@ def card_of(method: Method, data: TrainingData, trained: Trained, name: str) -> 
                     "weights_sha256": dict(base.weights),
                     "licence": base.licence,
                     "trained_on": None if base.trained_on is None else list(base.trained_on),
+                    "precision": base.precision,
+                    "quantization": None if base.quantization is None else dict(base.quantization),
                 }
                 for part, base in trained.base_models.items()
             },
-            **{key: value for key, value in asdict(trained).items() if key != "base_models"},
+            "validation": {name: estimate.to_dict() for name, estimate in trained.validation.items()},
+            **{key: value for key, value in asdict(trained).items() if key not in {"base_models", "validation"}},
         },
     }
 
@@ -84,7 +89,7 @@ def card_of(method: Method, data: TrainingData, trained: Trained, name: str) -> 
 def _options(method: Method) -> dict[str, Any]:
     """What was asked for; no path, as results carry the card."""
     options = {**asdict(method), **asdict(method.schedule)}
-    return {key: value for key, value in options.items() if key not in {"schedule", "encoder_args", *method.PATHS}}
+    return {key: value for key, value in options.items() if key not in {"schedule", "model_args", *method.PATHS}}
 
 
 def _distinct(entries: list[Any]) -> list[Any]:

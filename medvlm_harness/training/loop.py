@@ -12,7 +12,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from medvlm_harness.errors import UserError
 from medvlm_harness.training.methods import Schedule
 
-__all__ = ["LOG_FILE", "STATE_FILE", "Fitted", "Trainable", "fit"]
+__all__ = ["LOG_FILE", "STATE_FILE", "Fitted", "Trainable", "batches", "fit"]
 
 LOG_FILE, STATE_FILE = "log.jsonl", "state.pt"
 WARMUP = 0.03  # share of the budget in which the learning rate rises
@@ -36,8 +36,21 @@ CLIP_NORM = 1.0
 class Trainable(ABC):
     """What is trained: the module whose parameters learn, and its loss."""
 
-    module: torch.nn.Module  # its state_dict is what is kept
+    module: torch.nn.Module
     lengths: Sequence[int]  # one per training item; a batch holds items of like length
+    full_batches: bool = False  # leave the last items of an epoch out where they are no whole batch
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """What is kept, and gone on from: by default all of the module."""
+        return self.module.state_dict()
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` gave."""
+        self.module.load_state_dict(state)
+
+    def train_mode(self) -> None:
+        """Before a step; `validation_loss` is in evaluation mode."""
+        self.module.train()
 
     @abstractmethod
     def loss(self, items: Sequence[int]) -> torch.Tensor:
@@ -92,10 +105,14 @@ def fit(
     return _Loop(trainable, schedule, folder, learning_rate, weight_decay).run()
 
 
-def batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches: each item once, in an order of this seed and epoch, like lengths together."""
+def batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int, full: bool = False) -> list[list[int]]:
+    """One epoch's batches: each item once, in an order of this seed and epoch, like lengths together.
+
+    With `full` all batches have `size` items, and the last items of the order are left out.
+    """
     generator = torch.Generator().manual_seed(_mixed(seed, epoch))
     order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    order = order[: len(order) // size * size] if full else order
     grouped: list[list[int]] = []
     for start in range(0, len(order), size * WINDOW):
         window = sorted(order[start : start + size * WINDOW], key=lambda item: lengths[item])
@@ -109,14 +126,18 @@ class _Loop:
     ) -> None:
         self.trainable, self.schedule, self.folder, self.learning_rate = trainable, schedule, folder, learning_rate
         self.module = trainable.module
-        learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(learning, lr=learning_rate, weight_decay=weight_decay)
-        self.per_epoch = math.ceil(len(trainable.lengths) / schedule.batch_size)
+        self.learning = {name: one for name, one in self.module.named_parameters() if one.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.learning.values(), lr=learning_rate, weight_decay=weight_decay)
+        items, size = len(trainable.lengths), schedule.batch_size
+        self.per_epoch = items // size if trainable.full_batches else math.ceil(items / size)
+        if not self.per_epoch:
+            raise UserError(f"A batch takes {size} items, but there are {items}: use a smaller --batch-size.")
         limits = {"steps": schedule.steps, "epochs": schedule.epochs and math.ceil(schedule.epochs * self.per_epoch)}
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self.eval_steps = schedule.eval_steps or self.per_epoch
         self.at = _Progress()
         self.best: dict[str, torch.Tensor] = {}
+        self.unsure = True  # whether gradients reach what is to learn
 
     def run(self) -> Fitted:
         self.resume()
@@ -135,7 +156,7 @@ class _Loop:
                 bar.set_postfix(loss=f"{loss:.3f}", validation=f"{self.at.best_loss:.3f}", refresh=False)
         if self.at.step % self.eval_steps and stopped_by != "patience":
             self.evaluate()
-        self.module.load_state_dict(self.best)
+        self.trainable.load_state(self.best)
         at = self.at
         return Fitted(
             steps=at.step,
@@ -169,18 +190,27 @@ class _Loop:
         at = self.at
         epoch, place = divmod(at.step, self.per_epoch)
         if place == 0 or not hasattr(self, "order"):
-            self.order = batches(self.trainable.lengths, self.schedule.batch_size, seed=self.schedule.seed, epoch=epoch)
+            self.order = batches(
+                self.trainable.lengths,
+                self.schedule.batch_size,
+                seed=self.schedule.seed,
+                epoch=epoch,
+                full=self.trainable.full_batches,
+            )
         share = self.share()
         # The first step learns too: a rate of 0 would waste it.
         rate = self.learning_rate * min(1.0, (share + 1e-3) / WARMUP) * (1 + math.cos(math.pi * share)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with _drawing(self.schedule.seed, at.step):
-            self.module.train()
+            self.trainable.train_mode()
             self.optimizer.zero_grad(set_to_none=True)
             loss = self.trainable.loss(self.order[place])
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        if self.unsure:
+            self.check_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), CLIP_NORM)
         value = float(loss.detach())
         if not (math.isfinite(value) and bool(torch.isfinite(norm))):
             raise UserError(f"The loss is {value} at step {at.step + 1}: try a lower learning rate.")
@@ -189,6 +219,22 @@ class _Loop:
         at.seconds += time.monotonic() - start
         self.log(step=at.step, epoch=round(at.step / self.per_epoch, 3), loss=value, learning_rate=rate)
         return value
+
+    def check_gradients(self) -> None:
+        """Refuse to go on where nothing is learnt.
+
+        After an evaluation too: on some CPUs bitsandbytes packs 4-bit layers anew in the first one, for a kernel that
+        passes no gradient on, and says nothing.
+        """
+        found = {name: one.grad for name, one in self.learning.items()}
+        if without := [name for name, gradient in found.items() if gradient is None]:
+            raise UserError(
+                f"No gradient reaches {len(without)} of {len(found)} parameters at step {self.at.step + 1} (such as "
+                f"{without[0]}): they would not learn."
+            )
+        if not any(bool(gradient.any()) for gradient in found.values() if gradient is not None):
+            raise UserError(f"All gradients are 0 at step {self.at.step + 1}: nothing would be learnt.")
+        self.unsure = False
 
     def evaluate(self) -> None:
         """On the validation split; the best state so far is kept, and all of it saved."""
@@ -201,11 +247,12 @@ class _Loop:
         at = self.at
         if loss < at.best_loss:
             at.best_loss, at.best_step, at.worse = loss, at.step, 0
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.trainable.state().items()}
         else:
             at.worse += 1
         if at.step == 0:
             at.first_loss = loss
+        self.unsure = True
         at.seconds += time.monotonic() - start
         self.log(step=at.step, epoch=round(at.step / self.per_epoch, 3), validation_loss=loss)
         self.save()
@@ -221,7 +268,7 @@ class _Loop:
     def save(self) -> None:
         progress = {name: getattr(self.at, name) for name in _Progress.__slots__}
         state = {
-            "module": self.module.state_dict(),
+            "module": dict(self.trainable.state()),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
             "at": progress,
@@ -237,7 +284,7 @@ class _Loop:
             (self.folder / LOG_FILE).unlink(missing_ok=True)
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self.module.load_state_dict(state["module"])
+        self.trainable.load_state(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best, self.at = state["best"], _Progress(**state["at"])
         os.truncate(self.folder / LOG_FILE, self.at.log_bytes)  # what came after the state is done again

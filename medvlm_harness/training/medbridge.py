@@ -17,15 +17,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from medvlm_harness.data.images import open_reference
-from medvlm_harness.data.labels import resolve
-from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.dual_encoder import DualEncoder
 from medvlm_harness.model_backends.frozen_encoder import encoder_record, frozen_encoder
@@ -39,16 +36,14 @@ from medvlm_harness.model_backends.medbridge_adapter import (
 )
 from medvlm_harness.model_backends.tower_tokens import token_tower
 from medvlm_harness.requests import ImageRef
-from medvlm_harness.tracks.task_data import LABEL_SOURCE_ORDER
 from medvlm_harness.training.data import TrainingData, Views
+from medvlm_harness.training.labelled_images import LabelledImages, Targets, label_source_of, labelled_images, learnable
 from medvlm_harness.training.loop import Trainable, fit
 from medvlm_harness.training.methods import BaseModel, Method, Trained
 
 __all__ = [
     "MAX_WEIGHT",
-    "LabelledImages",
     "MedBridgeMethod",
-    "labelled_images",
     "loss_of",
     "positive_weights",
     "shift_bias",
@@ -58,30 +53,6 @@ _log = logging.getLogger("lm_eval.medvlm")
 
 MAX_WEIGHT = 20.0
 AT_ONCE = 16  # images whose views go through the towers together, where no gradient is needed
-Targets = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledImages:
-    """Images with 1, 0, or NaN (left out of the loss) for each label, (n, labels)."""
-
-    images: tuple[ImageRef, ...]
-    targets: Targets
-
-
-def labelled_images(
-    data: TrainingData, studies: Sequence[Study], source: str, labels: Sequence[str], views: Views
-) -> LabelledImages:
-    """The images of studies, each with its study's labels; images of which no label is known are left out."""
-    images: list[ImageRef] = []
-    rows: list[list[float]] = []
-    for study in studies:
-        values = [resolve(study.labels.get(source), name) for name in labels]
-        if any(value is not None for value in values):
-            found = data.images(study, views)
-            images += found
-            rows += [[np.nan if value is None else value for value in values]] * len(found)
-    return LabelledImages(tuple(images), np.array(rows, dtype=np.float32).reshape(len(images), len(labels)))
 
 
 def positive_weights(targets: Targets) -> Targets:
@@ -141,13 +112,13 @@ class MedBridgeMethod(Method):
     def train(self, data: TrainingData, output: Path) -> Trained:
         """Train on the train split, keep the weights with the least validation loss, and write them."""
         config = AdapterConfig(**{one.name: getattr(self, one.name) for one in fields(AdapterConfig)})
-        source = self._source(data)
-        labels = _learnable(data, source)
+        source = label_source_of(data, self.label_source)
+        labels = learnable(data, source)
         train = labelled_images(data, data.train, source, labels, self.views)
         validation = labelled_images(data, data.validation, source, labels, self.views)
         if not (train.images and validation.images):
             raise UserError(f"{data.name} has no {self.views} image with {source} labels in train or in validation.")
-        asked = [(self.encoder, self.encoder_args), *_named(self.more_experts)]
+        asked = [(self.model, self.model_args), *_named(self.more_experts)]
         encoders = [frozen_encoder(name, args, device=self.device) for name, args in asked]
         for encoder in encoders:
             if encoder.precision != "fp32":
@@ -176,16 +147,6 @@ class MedBridgeMethod(Method):
             base_models={f"expert {k}": BaseModel.of(encoder) for k, encoder in enumerate(encoders)},
             **asdict(fitted),
         )
-
-    def _source(self, data: TrainingData) -> str:
-        prepared = data.label_sources
-        ordered = [source for source in LABEL_SOURCE_ORDER if source in prepared] or list(prepared)
-        if not ordered or self.label_source not in (None, *prepared):
-            raise UserError(
-                f"Expected label_source to be one of {', '.join(prepared) or 'those prepared with --labels'}, "
-                f"but got {self.label_source!r}."
-            )
-        return self.label_source or ordered[0]
 
 
 class _Learning(Trainable):
@@ -264,19 +225,6 @@ class _Learning(Trainable):
             total += count * float(loss_of(self.adapter, stems, targets, self.weights))
             known += count
         return total / known
-
-
-def _learnable(data: TrainingData, source: str) -> tuple[str, ...]:
-    """The labels that the source covers and of which the train split has positives and negatives."""
-    covered = next((tuple(study.labels[source]) for study in data.train if source in study.labels), ())
-    targets = labelled_images(data, data.train, source, covered, "all").targets
-    both = [bool((column == 1).any() and (column == 0).any()) for column in targets.T]
-    if left_out := [name for name, enough in zip(covered, both, strict=True) if not enough]:
-        _log.warning("labels without both positives and negatives in train are not learnt: %s", ", ".join(left_out))
-    labels = tuple(name for name, enough in zip(covered, both, strict=True) if enough)
-    if not labels:
-        raise UserError(f"{data.name} has no label of {source} with positives and negatives in its train split.")
-    return labels
 
 
 def _named(more_experts: str) -> list[tuple[str, str]]:

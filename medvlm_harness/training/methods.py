@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.training.data import TrainingData
 
 if TYPE_CHECKING:
@@ -20,8 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "BaseModel", "Method", "Schedule", "Trained", "build_method", "find_method"]
 
 METHODS: Mapping[str, str] = {
+    "causal-lm": "medvlm_harness.training.causal_lm:CausalMethod",
+    "contrastive-lora": "medvlm_harness.training.contrastive_lora:ContrastiveLoraMethod",
+    "masked-lm": "medvlm_harness.training.masked_lm:MaskedMethod",
+    "linear-probe": "medvlm_harness.training.probe:LinearProbeMethod",
+    "lora": "medvlm_harness.training.language_lora:LanguageLoraMethod",
     "medbridge": "medvlm_harness.training.medbridge:MedBridgeMethod",
     "projector": "medvlm_harness.training.projector:ProjectorMethod",
+    "seq2seq": "medvlm_harness.training.seq2seq:Seq2SeqMethod",
 }
 """Name -> "module:class"; imported when it is asked for."""
 
@@ -58,12 +65,15 @@ class BaseModel:
     weights: Mapping[str, str]  # file -> sha256
     licence: str | None
     trained_on: Sequence[Any] | None  # as on its card; None where nothing is known
+    precision: str | None = None  # that it computed in; None for a vocabulary
+    quantization: Mapping[str, Any] | None = None  # how its weights were rounded; None if they were not
 
     @classmethod
     def of(cls, backend: TorchBackend) -> BaseModel:
         """What a backend's card and files say."""
         card = backend.card
-        return cls(card.name, backend.weights, card.licence, card.trained_on)
+        way = backend.quantization_identity()
+        return cls(card.name, backend.weights, card.licence, card.trained_on, backend.precision, way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,33 +90,42 @@ class Trained:
     stopped_by: str  # steps, epochs, seconds or patience
     base_models: Mapping[str, BaseModel]  # part -> model
     studies: Mapping[str, int] = field(default_factory=dict)  # split -> how many of its studies were used
+    # What else the kept weights score on the validation split: METRIC, or METRIC_before, METRIC_after and
+    # METRIC_after_minus_before.
+    validation: Mapping[str, Estimate] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)  # what else was counted: tokens seen, ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A way to train, as frozen options; a subclass adds its own as fields with defaults, set by `--option`.
 
-    Every method stands on a frozen dual encoder.
+    Most stand on a base model, which is named as for an evaluation.
     """
 
     NAME: ClassVar[str]
     EVALUATED_BY: ClassVar[str]  # the backend that takes the output as pretrained=
+    NEEDS_MODEL: ClassVar[bool] = True  # a base model
     PATHS: ClassVar[frozenset[str]] = frozenset()  # own options that name a place on this machine
 
-    encoder: str  # the name of a dual encoder's backend
-    encoder_args: str = ""  # its --model_args
+    model: str = ""  # the base model's backend, a name in `medvlm models`
+    model_args: str = ""  # its --model_args
     device: str | None = None
     schedule: Schedule
 
     @abstractmethod
     def train(self, data: TrainingData, output: Path) -> Trained:
-        """Train, and write what `EVALUATED_BY` loads into the folder `output`.
+        """Train, and write what is evaluated into the folder `output`.
 
         It exists; the state of a run that was killed lies there (see `loop.fit`).
 
         Raises:
             UserError: for options or data that do not fit, before anything long.
         """
+
+    def evaluation(self, output: Path) -> str:
+        """The options of `medvlm run` that evaluate what was written."""
+        return f"--model {self.EVALUATED_BY} --model_args pretrained={output}"
 
 
 _COMMON = frozenset(one.name for one in fields(Method))
@@ -145,6 +164,9 @@ def build_method(name: str, options: Sequence[str], **common: Any) -> Method:
     for key, one in own.items():
         if key not in values and one.default is MISSING and one.default_factory is MISSING:
             raise UserError(f"Method {name} needs {key}: --option {key}=...")
+    if bool(common.get("model")) != cls.NEEDS_MODEL:
+        needs = "needs a base model: --model NAME" if cls.NEEDS_MODEL else "takes no base model: leave out --model"
+        raise UserError(f"Method {name} {needs}.")
     return cls(**values, **common)
 
 

@@ -78,7 +78,7 @@ class ProjectorMethod(Method):
 
     def train(self, data: TrainingData, output: Path) -> Trained:
         """See `Method.train`."""
-        encoder = frozen_encoder(self.encoder, self.encoder_args, device=self.device)
+        encoder = frozen_encoder(self.model, self.model_args, device=self.device)
         language = LanguageModelBackend(
             pretrained=self.language_model, precision=self.precision, device=self.device, store="off"
         )
@@ -109,7 +109,7 @@ class ProjectorMethod(Method):
             "hidden": self.hidden,
             "instruction": self.instruction,
             "images": self.images,
-            ENCODER: encoder_record(encoder, self.encoder, self.encoder_args),
+            ENCODER: encoder_record(encoder, self.model, self.model_args),
             LANGUAGE_MODEL: {
                 "pretrained": str(place.resolve()) if place.exists() else self.language_model,
                 "weights": dict(language.weights),

@@ -13,7 +13,7 @@ import yaml
 
 from medvlm_harness.data.records import Dataset, read_dataset, write_dataset
 
-COMMAND = ("finetune", "--method", "projector", "--encoder", "medvlm-tiny", "--device", "cpu")
+COMMAND = ("finetune", "--method", "projector", "--model", "medvlm-tiny", "--device", "cpu")
 
 
 @pytest.fixture
@@ -99,9 +99,10 @@ def test_a_set_whose_test_patients_are_in_training_is_refused(
         (("--option", "grid=three"), "Expected grid to be a whole number, but got 'three'."),
         (("--option", "grid"), "Expected --option to be key=value, but got 'grid'."),
         (("--option", "images=lateral"), "Expected images to be one of frontal, all, but got 'lateral'."),
-        (("--encoder", "medvlm-tinny"), "Unknown model 'medvlm-tinny'. Did you mean medvlm-tiny"),
-        (("--encoder", "medvlm-lm"), "Expected the encoder to be a dual encoder, but medvlm-lm is a generative."),
-        (("--encoder-args", "prompt=task"), "Unknown option 'prompt' of model medvlm-tiny. Did you mean prompts"),
+        (("--model", ""), "Method projector needs a base model: --model NAME."),
+        (("--model", "medvlm-tinny"), "Unknown model 'medvlm-tinny'. Did you mean medvlm-tiny"),
+        (("--model", "medvlm-lm"), "Expected the encoder to be a dual encoder, but medvlm-lm is a generative."),
+        (("--model-args", "prompt=task"), "Unknown option 'prompt' of model medvlm-tiny. Did you mean prompts"),
         (("--batch-size", "0"), "Expected batch_size to be more than 0, but got 0."),
         (("--seconds", "-1"), "Expected seconds to be more than 0, but got -1.0."),
     ],

@@ -11,11 +11,11 @@ import torch
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.frozen_encoder import (
-    check_weights,
     encoder_record,
     frozen_encoder,
     recorded_encoder,
 )
+from medvlm_harness.model_backends.identity import check_weights
 from medvlm_harness.model_backends.open_clip_towers import _encode_image_maps
 from medvlm_harness.model_backends.transformers_towers import _as_maps
 from medvlm_harness.requests import ImageRef

@@ -54,8 +54,8 @@ def trained(vit: Path, demo: Dataset, tmp_path_factory: pytest.TempPathFactory) 
     data = TrainingData.of(demo)
     few = replace(data, train=data.train[:32], validation=data.validation[:12])
     method = MedBridgeMethod(
-        encoder="medvlm-clip",
-        encoder_args=f"pretrained={vit}",
+        model="medvlm-clip",
+        model_args=f"pretrained={vit}",
         more_experts="medvlm-tiny:",
         schedule=Schedule(steps=2, batch_size=8),
         device="cpu",
@@ -104,7 +104,7 @@ def test_scores_are_the_adapters_logits_on_the_whole_image_and_its_windows(
         for expert, rows in zip(model.experts, pixels, strict=True):
             rows.append(torch.stack([expert.preprocess(view) for view in views]))
     with torch.inference_mode():
-        logits = model.adapter(model.adapter.stems([torch.stack(rows) for rows in pixels])).numpy()
+        logits = model.network(model.network.stems([torch.stack(rows) for rows in pixels])).numpy()
     columns = [model.settings.labels.index(name) for name in LABELS.names]
     assert np.abs(margins(scores) - logits[:, columns]).max() < 1e-5
     assert np.allclose([one.probability for one in scores], expit(margins(scores)), atol=1e-12)
@@ -158,7 +158,8 @@ def test_a_task_that_it_cannot_do_is_known_before_the_run(trained: Path) -> None
 
     def task(labels: Any) -> SimpleNamespace:
         label_set = LabelSet.from_config("labels", labels)
-        return SimpleNamespace(is_medvlm=True, NEEDS={"classify:image"}, label_set=label_set, refuses=lambda lm: None)
+        needs = {"needs": lambda lm: {"classify:image"}, "refuses": lambda lm: None}
+        return SimpleNamespace(is_medvlm=True, label_set=label_set, **needs)
 
     assert unsupported_reason(model, task(["Edema"])) is None
     assert "independent labels" in str(unsupported_reason(model, task(options)))

@@ -106,7 +106,7 @@ def test_a_second_run_loads_nothing_and_gives_the_same_bits(
     assert (second.images_encoded, second.texts_encoded, second.loaded, FromFiles.loads) == (0, 0, False, 1)
     assert (second.images_recalled, second.texts_recalled) == (9, 3)
     ours, theirs = first.describe(), second.describe()
-    counts = {name for name in ours if name.endswith(("_encoded", "_recalled"))} | {"batch_size"}
+    counts = {name for name in ours if name.endswith(("_encoded", "_recalled"))} | {"batch_size", "image_batch_size"}
     assert {k: v for k, v in ours.items() if k not in counts} == {k: v for k, v in theirs.items() if k not in counts}
     assert ours["card"]["parameters"] == 16 * WIDTH + WIDTH
     assert theirs["card"]["preprocessing"] == "16 pixels"

@@ -78,6 +78,38 @@ def test_random_numbers_of_others_are_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+class Deaf(Line):
+    """A line that learns nothing from its n-th loss on, for either of the reasons there are."""
+
+    def __init__(self, deaf_from: int, *, zero: bool) -> None:
+        super().__init__()
+        self.deaf_from, self.zero, self.losses = deaf_from, zero, 0
+
+    def loss(self, items: Sequence[int]) -> torch.Tensor:
+        self.losses += 1
+        if self.losses < self.deaf_from:
+            return super().loss(items)
+        return (0 * self.module.weight).sum() if self.zero else super().loss(items).detach()
+
+
+@pytest.mark.parametrize(("zero", "message"), [(False, "No gradient reaches 1 of 1"), (True, "gradients are 0")])
+def test_a_fit_in_which_nothing_learns_is_ended(tmp_path: Path, zero: bool, message: str) -> None:
+    with pytest.raises(UserError, match=f"{message}.* at step 1"):
+        run(tmp_path / "first", Deaf(1, zero=zero), steps=5)
+    with pytest.raises(UserError, match=f"{message}.* at step 3"):  # after the evaluation at step 2
+        run(tmp_path / "later", Deaf(3, zero=zero), steps=5, eval_steps=2)
+
+
+def test_full_batches_leave_the_rest_of_an_epoch_out() -> None:
+    full = batches([1] * 10, 4, seed=0, epoch=0, full=True)
+    assert [len(batch) for batch in full] == [4, 4]
+    left_out = [
+        set(range(10)) - {k for batch in batches([1] * 10, 4, seed=0, epoch=e, full=True) for k in batch}
+        for e in (0, 1)
+    ]
+    assert left_out[0] != left_out[1]  # others in the next epoch
+
+
 def test_a_loss_that_is_no_number_ends_it(tmp_path: Path) -> None:
     line = Line()
     line.module.weight.data.fill_(1e30)

@@ -24,16 +24,16 @@ from medvlm_harness.requests import LabelSet
 from medvlm_harness.training import medbridge
 from medvlm_harness.training.data import TrainingData
 from medvlm_harness.training.finetune import finetune
+from medvlm_harness.training.labelled_images import labelled_images
 from medvlm_harness.training.medbridge import (
     MedBridgeMethod,
-    labelled_images,
     loss_of,
     positive_weights,
     shift_bias,
 )
 from medvlm_harness.training.methods import METHODS, Schedule, build_method, find_method
 
-SMALL: dict[str, Any] = {"encoder": "medvlm-tiny", "device": "cpu", "width": 16, "queries": 3, "heads": 2}
+SMALL: dict[str, Any] = {"model": "medvlm-tiny", "device": "cpu", "width": 16, "queries": 3, "heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -214,9 +214,9 @@ def test_labels_of_one_value_are_left_out_and_named(
     ("options", "message"),
     [
         ({"label_source": "chexbert"}, "label_source"),
-        ({"encoder": "medvlm-lm", "encoder_args": "pretrained=x"}, "dual encoder"),
+        ({"model": "medvlm-lm", "model_args": "pretrained=x"}, "dual encoder"),
         ({"more_experts": "medvlm-tyni:"}, "medvlm-tyni"),
-        ({"encoder_args": "precision=bf16"}, "fp32"),
+        ({"model_args": "precision=bf16"}, "fp32"),
         ({"crop": 0.2}, "leave gaps"),
         ({"width": 15}, "multiple of heads"),
     ],
@@ -233,7 +233,7 @@ def test_what_does_not_fit_gets_one_line(
 def test_the_method_is_built_by_its_name() -> None:
     assert find_method("medbridge") is MedBridgeMethod
     assert "medbridge" in METHODS
-    built = build_method("medbridge", ["grid=3", "crop=0.5", "crops=random"], encoder="x", schedule=Schedule(steps=1))
+    built = build_method("medbridge", ["grid=3", "crop=0.5", "crops=random"], model="x", schedule=Schedule(steps=1))
     assert (built.grid, built.crop, built.crops) == (3, 0.5, "random")  # type: ignore[attr-defined]
-    defaults = MedBridgeMethod(encoder="x", schedule=Schedule(steps=1))
+    defaults = MedBridgeMethod(model="x", schedule=Schedule(steps=1))
     assert AdapterConfig() == AdapterConfig(**{name: getattr(defaults, name) for name in vars(AdapterConfig())})

@@ -29,7 +29,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def training_of(data: TrainingData, language_model: Path, **options: Any) -> _ProjectorTraining:
     method = ProjectorMethod(
-        encoder="medvlm-tiny",
+        model="medvlm-tiny",
         language_model=str(language_model),
         grid=2,
         hidden=8,
