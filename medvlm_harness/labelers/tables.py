@@ -13,7 +13,7 @@ from medvlm_harness.data.chexpert import CHEXPERT_14
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.labelers.base import Labeler
 
-__all__ = ["TABLE_SUFFIXES", "LabelledTable", "Progress", "label_table"]
+__all__ = ["TABLE_SUFFIXES", "LabelledTable", "Progress", "label_table", "read_reports"]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 Progress = Callable[[int, int], None]
@@ -69,19 +69,11 @@ def label_table(
         raise UserError(f"Expected an existing folder to write to, but {target.parent} is none.")
     if not text_columns:
         raise UserError("Expected the name of a column of text, but got none.")
-    if source.suffix.lower() == ".parquet":
-        header, columns = _read_parquet(source)
-    else:
-        header, columns = _read_delimited(source)
+    header, columns = _read(source)
     added = [f"{prefix}{name}" for name in CHEXPERT_14]
-    for column in text_columns:
-        if header.count(column) != 1:
-            what = "is there twice" if column in header else "is missing"
-            raise UserError(f"Expected one column {column!r} in {source.name}, but it {what}."
-                            f"{near_matches(column, header)}")  # fmt: skip
+    texts = _texts(source, _chosen(source, text_columns, header, columns))
     if taken := [name for name in added if name in header]:
         raise UserError(f"{source.name} has a column {taken[0]!r} already: give a prefix for the new ones (--prefix).")
-    texts = _texts(source, {column: columns[header.index(column)] for column in text_columns})
     labels = []
     for done, text in enumerate(texts, start=1):
         labels.append(labeler.label(text) if text else dict.fromkeys(CHEXPERT_14))
@@ -95,6 +87,41 @@ def label_table(
         else:
             _write_delimited(partial, header, columns, _DELIMITERS[target.suffix.lower()])
     return LabelledTable(target, len(texts), sum(not text for text in texts))
+
+
+def read_reports(source: Path, text_columns: Sequence[str]) -> list[str]:
+    """The reports of a table, one a row; several columns are read as a report's sections, in this order.
+
+    Args:
+        source: a .csv, .tsv (UTF-8, with a header) or .parquet file.
+        text_columns: the columns that hold the report.
+
+    Raises:
+        UserError: if the file is of another kind, or a column is missing.
+    """
+    if source.suffix.lower() not in TABLE_SUFFIXES:
+        raise UserError(f"Expected a table to read ({', '.join(TABLE_SUFFIXES)}), but got {source.name}.")
+    if not source.is_file():
+        raise UserError(f"Expected a table of reports, but {source} is no file.")
+    if not text_columns:
+        raise UserError("Expected the name of a column of text, but got none.")
+    return _texts(source, _chosen(source, text_columns, *_read(source)))
+
+
+def _read(source: Path) -> tuple[list[str], list[Any]]:
+    """Header and columns."""
+    return _read_parquet(source) if source.suffix.lower() == ".parquet" else _read_delimited(source)
+
+
+def _chosen(source: Path, names: Sequence[str], header: list[str], columns: list[Any]) -> dict[str, Any]:
+    """The columns of these names."""
+    for name in names:
+        if header.count(name) != 1:
+            what = "is there twice" if name in header else "is missing"
+            raise UserError(
+                f"Expected one column {name!r} in {source.name}, but it {what}.{near_matches(name, header)}"
+            )
+    return {name: columns[header.index(name)] for name in names}
 
 
 def _read_delimited(path: Path) -> tuple[list[str], list[Any]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["checked_pairs", "checked_texts", "tfidf_vectorizer", "words"]
+__all__ = ["checked_pairs", "checked_texts", "tfidf_vectorizer", "word_spans", "words"]
 
 _WORD = re.compile(r"[^\W_]+(?:[.'’-][^\W_]+)*")
 
@@ -41,6 +41,15 @@ def words(text: str) -> list[str]:
     ['nodule', '3.5', 'cm', 'well-defined']
     """
     return _WORD.findall(text.lower())
+
+
+def word_spans(text: str) -> list[tuple[str, int, int]]:
+    """Each of `words` with the characters [start, end) where it stands.
+
+    >>> word_spans("No effusion.")
+    [('no', 0, 2), ('effusion', 3, 11)]
+    """
+    return [(found.group().lower(), *found.span()) for found in _WORD.finditer(text)]
 
 
 def tfidf_vectorizer() -> Any:

@@ -40,6 +40,7 @@ __all__ = [
     "finding_names",
     "mesh_f1_estimates",
     "mesh_findings_version",
+    "mesh_headings",
     "mesh_label_estimates",
 ]
 
@@ -191,6 +192,11 @@ def entity_phrases(entities: Entities, *, uncertain: bool = True) -> list[str]:
             places = [target for kind, target in entity["relations"] if kind == "located_at"]
             phrases.append(" ".join(part for one in (key, *places) for part in described(one, {key, *places})))
     return phrases
+
+
+def mesh_headings() -> tuple[str, ...]:
+    """The headings of mesh_findings.yaml's codes without their qualifiers, in lower case, each once."""
+    return tuple(dict.fromkeys(code[0] for finding in _vocabulary().findings for code in finding.codes))
 
 
 def mesh_findings_version() -> int:
