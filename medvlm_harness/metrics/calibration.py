@@ -9,20 +9,21 @@ most where the model is perfect. Not recentred, a perfect model's interval cover
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
-from medvlm_harness.metrics._arrays import ratio_or_nan
+from medvlm_harness.metrics._arrays import ratio_or_nan, row_means
 from medvlm_harness.metrics.bootstrap import Weights
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.per_label import PerLabel, checked_labels
 
 __all__ = [
     "BINS",
+    "METRICS",
     "MINIMUM_SUPPORT",
     "Binning",
     "Reliability",
@@ -31,6 +32,7 @@ __all__ = [
     "calibration_estimates",
     "calibration_names",
     "expected_calibration_error",
+    "macro_calibration",
     "noise_floor",
     "reliability",
 ]
@@ -188,7 +190,8 @@ def calibration_estimates(
     """
     y, p = checked_labels(y_true, studies, keys, y_prob)
     ids = np.asarray(studies)
-    columns = [_Column(y[:, j], p[:, j], ids, bins) for j in range(len(keys))]
+    columns = [_Column(y[:, j], p[:, j], bins) for j in range(len(keys))]
+    floors = [column.floors(ids) for column in columns]
     table = PerLabel(
         lambda weights: np.stack([column(weights) for column in columns], axis=2),
         y,
@@ -203,7 +206,7 @@ def calibration_estimates(
             metric,
             range(len(keys)),
             minimum=MINIMUM_SUPPORT,
-            floors=[column.floors[metric] for column in columns],
+            floors=[of_label[metric] for of_label in floors],
             recentred=metric in BINNINGS,
         )
         for metric in METRICS
@@ -213,7 +216,7 @@ def calibration_estimates(
             estimates[f"{metric}_{key}"] = table.single(
                 metric,
                 j,
-                floor=columns[j].floors[metric],
+                floor=floors[j][metric],
                 why=reasons[j] if reasons else None,
                 minimum=MINIMUM_SUPPORT,
                 recentred=metric in BINNINGS,
@@ -222,14 +225,34 @@ def calibration_estimates(
     return estimates
 
 
+def macro_calibration(y_true: ArrayLike, y_prob: ArrayLike, *, bins: int = BINS) -> Callable[[Weights], Floats]:
+    """The means over labels of `METRICS` as a statistic: weights (b, n) to values (b, metrics).
+
+    Args:
+        y_true: 1, 0, or NaN where unlabelled, shape (n, labels).
+        y_prob: predicted probability of 1, in [0, 1], shape (n, labels).
+        bins: see `reliability`; they stay those of the sample.
+    """
+    y, p = np.asarray(y_true, dtype=np.float64), np.asarray(y_prob, dtype=np.float64)
+    if y.ndim != 2 or y.shape != p.shape or not y.shape[1]:
+        raise ValueError(f"Expected arrays of one shape (n, labels) with labels, but got {y.shape} and {p.shape}.")
+    columns = [_Column(y[:, j], p[:, j], bins) for j in range(y.shape[1])]
+
+    def statistic(weights: Weights) -> Floats:
+        of_labels = np.stack([column(weights) for column in columns], axis=2)  # (b, metrics, labels)
+        return row_means(of_labels.reshape(-1, len(columns))).reshape(len(weights), len(METRICS))
+
+    return statistic
+
+
 class _Column:
     """All metrics of one label as a statistic, with floors and reliability tables; NaN without probabilities."""
 
-    def __init__(self, y: Floats, p: Floats, studies: NDArray[np.generic], bins: int) -> None:
+    def __init__(self, y: Floats, p: Floats, bins: int) -> None:
         counted = np.flatnonzero(~np.isnan(y))
         if np.isnan(p).all():
             counted = counted[:0]
-        self.floors = dict.fromkeys(METRICS, float("nan"))
+        self.bins, self.counted, self.counted_p = bins, counted, p[counted]
         self.tables: dict[str, Reliability] = {}
         self.gaps: list[csr_array] = []
         self.known, self.truth, self.squared = np.zeros(len(y)), np.zeros(len(y)), np.zeros(len(y))
@@ -237,13 +260,23 @@ class _Column:
             return
         y, p = _validated(y[counted], p[counted], bins)
         self.known[counted], self.truth[counted], self.squared[counted] = 1, y, (p - y) ** 2
-        self.floors |= {"brier": float(y.mean() * (1 - y.mean())), "brier_skill": 0.0}
         for metric, binning in BINNINGS.items():
             # Of a bin, an error needs the sum of its gaps only: they are added up by a product.
             index = _bin_of(p, bins, binning)
             self.gaps.append(csr_array((p - y, (index, counted)), shape=(int(index.max()) + 1, len(self.known))))
-            self.floors[metric] = noise_floor(p, studies=studies[counted], bins=bins, binning=binning)
             self.tables[metric] = reliability(y, p, bins=bins, binning=binning)
+
+    def floors(self, studies: NDArray[np.generic]) -> dict[str, float]:
+        """What always predicting the prevalence, and a perfectly calibrated model, score."""
+        if self.counted.size == 0:
+            return dict.fromkeys(METRICS, float("nan"))
+        prevalence = float(self.truth[self.counted].mean())
+        its = studies[self.counted]
+        noise = {
+            metric: noise_floor(self.counted_p, studies=its, bins=self.bins, binning=binning)
+            for metric, binning in BINNINGS.items()
+        }
+        return {"brier": prevalence * (1 - prevalence), "brier_skill": 0.0, **noise}
 
     def __call__(self, weights: Weights) -> Floats:
         """Weights (b, n) to values (b, metrics)."""

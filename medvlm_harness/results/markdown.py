@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["interval_cell", "markdown_table", "number_cell"]
+__all__ = ["Notes", "interval_cell", "markdown_table", "number_cell"]
 
 
 def markdown_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -27,3 +27,19 @@ def number_cell(value: float | None) -> str:
 def interval_cell(ends: Sequence[float] | None) -> str:
     """Both ends; empty where they are unknown."""
     return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+class Notes:
+    """Reasons, each with a number that cells refer to."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def __call__(self, reason: str | None) -> str:
+        """The cell of a value that is missing."""
+        number = self.numbers.setdefault(reason or "no value", len(self.numbers) + 1)
+        return f"n/a ({number})"
+
+    def lines(self) -> list[str]:
+        """Below the table."""
+        return [""] * bool(self.numbers) + [f"({number}) {reason}" for reason, number in self.numbers.items()]

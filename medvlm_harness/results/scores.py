@@ -28,7 +28,9 @@ SCHEMA = pa.schema(
         ("margin", pa.float64()),
         ("probability", pa.float64()),
         ("rank", pa.float64()),  # expected rank of the study's own counterpart, from 1
+        ("tied", pa.int32()),  # items exactly as similar as the counterpart, itself included
         ("value", pa.float64()),  # of a metric of one text
+        ("answer", pa.string()),  # places of the chosen options, or the start of a text's SHA-256: whether it changed
     ]
 )
 

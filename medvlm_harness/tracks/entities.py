@@ -139,9 +139,10 @@ class EntityListing(GenerationTask):
         scores = self._scorer_of(rows).per_study([answer.findings for answer in answers])
         for k, (row, answer) in enumerate(zip(rows, answers, strict=True)):
             for name, values in scores.items():
-                yield self.score_record(row, name, value=None if np.isnan(values[k]) else float(values[k]))
-            yield self.score_record(row, "items_listed", value=float(len(answer.findings)))
-            yield self.score_record(row, "items_unparsed", value=float(answer.unparsed))
+                value = None if np.isnan(values[k]) else float(values[k])
+                yield self.score_record(row, name, value=value, answer=row.text_id)
+            for name, count in (("items_listed", len(answer.findings)), ("items_unparsed", answer.unparsed)):
+                yield self.score_record(row, name, value=float(count), answer=row.text_id)
 
 
 class Entities(EntityListing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class TextRow(Row):
     filter: str = NO_FILTER
 
     __str__ = Row.__str__
+
+    @property
+    def text_id(self) -> str:
+        """Tells texts apart without holding them: 16 hex digits of the SHA-256."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
 class GenerationTask(PromptedTask):

@@ -124,4 +124,4 @@ class ScoredTexts(ReadReports, GenerationTask):
         scores = self.scorer_of(rows).per_study([row.text for row in rows])
         for row, values in zip(rows, scores.tolist(), strict=True):
             for name, value in zip(self.SCORER.PER_STUDY, values, strict=True):
-                yield self.score_record(row, name, value=value)
+                yield self.score_record(row, name, value=value, answer=row.text_id)

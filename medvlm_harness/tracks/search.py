@@ -107,7 +107,7 @@ class SearchTask(MedicalTask):
     def estimate(self, rows: Sequence[Any]) -> Mapping[str, Estimate]:
         """All metrics: queries resampled by study, the gallery as it is."""
         estimates: dict[str, Estimate] = {}
-        self.ranks: dict[str, dict[str, float]] = {}
+        self.ranks: dict[str, dict[str, tuple[float, int]]] = {}  # expected rank, and how many tie
         for text in dict.fromkeys(variant.text for variant in self.VARIANTS.values()):
             items = [row for row in rows if text in row.texts]
             variants = {suffix: variant.hit for suffix, variant in self.VARIANTS.items() if variant.text == text}
@@ -143,7 +143,8 @@ class SearchTask(MedicalTask):
         ceilings = [ceiling.recall_at(k) for k in names.values()]
         if suffix:
             return summary.means(means, ceilings)
-        self.ranks[direction] = dict(zip(study_ids.tolist(), expected_rank(summary.ranked), strict=True))
+        places = zip(expected_rank(summary.ranked).tolist(), summary.ranked.tied.tolist(), strict=True)
+        self.ranks[direction] = dict(zip(study_ids.tolist(), places, strict=True))
         means[f"{direction}_mrr"] = reciprocal_rank
         median = summary.median_rank(float(np.median(expected_rank(ceiling.ranked))))
         found = summary.means(means, [*ceilings, float(np.mean(reciprocal_rank(ceiling.ranked)))])
@@ -155,7 +156,8 @@ class SearchTask(MedicalTask):
         """One record per study and direction: the expected rank of its own counterpart."""
         for row in rows:
             for direction, ranks in self.ranks.items():
-                yield self.score_record(row, direction, rank=ranks.get(row.study_id))
+                rank, tied = ranks.get(row.study_id, (None, None))
+                yield self.score_record(row, direction, rank=rank, tied=tied)
 
 
 class _Ceiling:

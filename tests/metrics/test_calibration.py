@@ -9,6 +9,7 @@ from sklearn.metrics import brier_score_loss
 
 from medvlm_harness.metrics.bootstrap import percentile_interval, study_weights
 from medvlm_harness.metrics.calibration import (
+    METRICS,
     MINIMUM_SUPPORT,
     Binning,
     brier_score,
@@ -16,6 +17,7 @@ from medvlm_harness.metrics.calibration import (
     calibration_estimates,
     calibration_names,
     expected_calibration_error,
+    macro_calibration,
     noise_floor,
     reliability,
 )
@@ -230,3 +232,16 @@ def test_wrong_input_says_what_was_expected(y: list[int], p: list[float], messag
         expected_calibration_error(y, p)
     with pytest.raises(ValueError, match=message):
         brier_score(y, p)
+
+
+def test_the_macro_is_the_mean_over_labels_with_whatever_truth_they_have() -> None:
+    p = RNG.random((80, 2))
+    y = (RNG.random(p.shape) < p).astype(float)
+    y[:30, 1] = np.nan
+    found = dict(zip(METRICS, macro_calibration(y, p)(np.ones((1, 80)))[0], strict=True))
+    labels = [(y[:, 0], p[:, 0]), (y[30:, 1], p[30:, 1])]
+    assert found["brier"] == pytest.approx(np.mean([brier_score(*one) for one in labels]))
+    assert found["brier_skill"] == pytest.approx(np.mean([brier_skill(*one) for one in labels]))
+    assert found["ece"] == pytest.approx(np.mean([expected_calibration_error(*one) for one in labels]))
+    with pytest.raises(ValueError, match="of one shape"):
+        macro_calibration(y[:, :0], p[:, :0])

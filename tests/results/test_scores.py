@@ -14,7 +14,8 @@ from sklearn.metrics import roc_auc_score
 from medvlm_harness.errors import UserError
 from medvlm_harness.results.scores import SCHEMA, name_folder, write_scores
 
-COLUMNS = ["task", "study", "patient", "image", "split", "label", "target", "margin", "probability", "rank", "value"]
+COLUMNS = ["task", "study", "patient", "image", "split", "label", "target", "margin", "probability", "rank", "tied"]
+COLUMNS += ["value", "answer"]
 
 
 def save(results: Any, output: Path) -> Any:

@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 
 from medvlm_harness.data.records import Image, Study, read_dataset
 from medvlm_harness.errors import UserError
+from medvlm_harness.metrics.retrieval import RankedQueries, recall_at, reciprocal_rank
 from medvlm_harness.requests import Embedding, ImageRef, TextRef
 from medvlm_harness.tracks.retrieval import Retrieval, study_texts
 
@@ -136,6 +137,16 @@ def test_strict_ranks_equal_a_sort_where_nothing_ties(folder: Path, result: Any)
     by_study = {r["study"]: r["rank"] for r in result.records if r["label"] == "t2i"}
     assert [by_study[study.study_id] for study in studies] == ranks
     assert len(result.records) == 2 * len(studies)
+
+
+def test_rank_and_ties_of_a_record_give_its_recall(result: Any) -> None:
+    for direction in ("i2t", "t2i"):
+        own = [r for r in result.records if r["label"] == direction]
+        rank, tied = (np.array([r[name] for r in own]) for name in ("rank", "tied"))
+        assert (tied.max() > 1) == (direction == "i2t")  # reports repeat, images do not
+        ranked = RankedQueries((rank - (tied + 1) / 2).astype(int), tied, np.ones_like(tied), len(own))
+        assert recall_at(ranked, 5).mean() == pytest.approx(result.value(f"{direction}_recall@5"))
+        assert reciprocal_rank(ranked).mean() == pytest.approx(result.value(f"{direction}_mrr"))
 
 
 def test_the_floor_is_chance_and_the_ceiling_counts_duplicates(folder: Path, result: Any) -> None:

@@ -191,6 +191,10 @@ def test_details_and_records_say_what_was_scored_and_by_what(folder: Path, score
     assert all(record["image"] is None for record in scored.records)
     values = [record["value"] for record in scored.records if record["label"] == "rougeL"]
     assert np.mean(values) == pytest.approx(scored.value("rougeL"))
+    answers = {record["study"]: record["answer"] for record in scored.records}
+    texts = {doc["study_id"]: doc["target"] for doc in scored.documents}
+    assert len(set(answers.values())) == len(set(texts.values()))
+    assert not any(answer in text for answer, text in zip(answers.values(), texts.values(), strict=True))
 
 
 def test_a_split_without_reports_is_refused_with_counts(write_set: Callable[..., Path], tmp_path: Path) -> None:
