@@ -8,7 +8,19 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from medvlm_harness.cli import convert, data, finetune, label, listing, models, perturb, run, store
+from medvlm_harness.cli import (
+    convert,
+    data,
+    finetune,
+    label,
+    listing,
+    models,
+    perturb,
+    run,
+    store,
+    sweep,
+    tokenizers,
+)
 from medvlm_harness.errors import UserError
 
 __all__ = ["main"]
@@ -28,6 +40,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(label.app)
 app.add_typer(perturb.app)
 app.add_typer(finetune.app)
+app.add_typer(sweep.app, name="sweep")
+app.add_typer(tokenizers.app, name="tokenizers")
 app.add_typer(store.app, name="store")
 
 

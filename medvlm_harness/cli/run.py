@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from medvlm_harness.errors import UserError, near_matches
 if TYPE_CHECKING:
     from medvlm_harness.results.plan import PlannedRun
 
-__all__ = ["app"]
+__all__ = ["app", "duration", "refuse_unknown_model", "refuse_unknown_tasks"]
 
 GC_THRESHOLD = 200_000  # objects; Python's own is 700
 
@@ -97,12 +98,6 @@ def _parsed(command: Any) -> Any:
 
 def _check_names(arguments: Any, *, with_model: bool) -> None:
     """Refuse unknown task and model names with near matches, before anything is loaded."""
-    from fnmatch import fnmatch
-
-    from medvlm_harness.tracks.declarations import check_file, declared_names, declared_tags
-
-    folders = [plugin.tasks_folder(), *plugin.scope.include_paths]
-    known = {name for folder in folders for name in (*declared_names(folder), *declared_tags(folder))}
     asked = [name for part in arguments.tasks or [] for name in str(part).split(",") if name]
     if arguments.config is not None and not Path(arguments.config).is_file():
         raise UserError(f"Expected --config to be a YAML file, but {arguments.config} is not one.")
@@ -110,6 +105,23 @@ def _check_names(arguments: Any, *, with_model: bool) -> None:
         raise UserError("Expected --tasks, such as --tasks 'iu_cxr_*'; `medvlm ls` lists them.")
     if with_model and arguments.model is None and arguments.config is None:
         raise UserError("Expected --model, such as --model medvlm-tiny; `medvlm models` lists ours.")
+    refuse_unknown_tasks(asked)
+    if arguments.model is not None:
+        refuse_unknown_model(arguments.model)
+
+
+def refuse_unknown_tasks(asked: Iterable[str]) -> None:
+    """Check names, patterns, files and folders of tasks.
+
+    Raises:
+        UserError: for one that is nowhere, with near matches, or a file that is wrong.
+    """
+    from fnmatch import fnmatch
+
+    from medvlm_harness.tracks.declarations import check_file, declared_names, declared_tags
+
+    folders = [plugin.tasks_folder(), *plugin.scope.include_paths]
+    known = {name for folder in folders for name in (*declared_names(folder), *declared_tags(folder))}
     for name in asked:
         if name.endswith(".yaml") and Path(name).is_file():
             check_file(Path(name))
@@ -118,12 +130,15 @@ def _check_names(arguments: Any, *, with_model: bool) -> None:
                 f"Unknown task {name!r}.{near_matches(name, known)} "
                 "(lm-eval's own tasks run under `lm_eval run`; --include-path adds a folder.)"
             )
-    if arguments.model is not None:
-        import lm_eval.models  # noqa: F401  # fills the registry
-        from lm_eval.api.registry import model_registry
 
-        if arguments.model not in model_registry:
-            raise UserError(f"Unknown model {arguments.model!r}.{near_matches(arguments.model, model_registry.keys())}")
+
+def refuse_unknown_model(name: str) -> None:
+    """Raise UserError, with near matches, for a model that lm-eval and we do not have."""
+    import lm_eval.models  # noqa: F401  # fills the registry
+    from lm_eval.api.registry import model_registry
+
+    if name not in model_registry:
+        raise UserError(f"Unknown model {name!r}.{near_matches(name, model_registry.keys())}")
 
 
 def _print_plan(planned: PlannedRun) -> None:
@@ -145,10 +160,11 @@ def _print_plan(planned: PlannedRun) -> None:
     ]
     measured = f" at {' and '.join(speeds)}, measured here on one batch" if speeds else ""
     typer.echo(f"Not in the store yet: {planned.images:,} images and {planned.texts:,} texts.")
-    typer.echo(f"Forward passes: about {_duration(planned.seconds)}{measured}; loading and metrics come on top.")
+    typer.echo(f"Forward passes: about {duration(planned.seconds)}{measured}; loading and metrics come on top.")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -30,7 +30,7 @@ def test_run_takes_dashes_and_writes_what_lm_eval_writes(
             "--model-args",
             "kind=random,seed=3",
             "--tasks",
-            "iu_cxr_*,mine_view,second_view",
+            "iu_cxr_retr*,iu_cxr_view,mine_view,second_view",
         ),
         *("--include-path", mine, "--include_path", "second", "--output-path", "out", "--log-samples", "--limit=16"),
     )
