@@ -110,11 +110,12 @@ def controlled(program: Path, sweep_of: Callable[..., Sweep], tmp_path: Path) ->
     script = tmp_path / "controller.py"
     script.write_text(
         f"""
-import pickle, sys
+import pickle, signal, sys
 from pathlib import Path
 from medvlm_harness.sweeps import execution
 from medvlm_harness.sweeps.executor import Executor
 from medvlm_harness.sweeps.state import locked
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 execution.COMMAND = (sys.executable, "-S", {str(program)!r})
 cells = pickle.loads(Path({str(tmp_path / "cells.pickle")!r}).read_bytes())
 folder = Path({str(tmp_path / "out")!r})
