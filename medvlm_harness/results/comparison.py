@@ -34,7 +34,10 @@ SAME = {
     "substitution_seed": "seed of the substitutes",
 }
 # Of a model, what a user may have changed between runs.
-OPTIONS = ("precision", "quantization", "adapter", "prompts", "prompts_sha256", "device", "weights_sha256")
+OPTIONS = (
+    *("precision", "quantization", "adapter", "prompts", "prompts_sha256", "preprocessing"),
+    *("device", "weights_sha256"),
+)
 HEADER = ("Task", "Metric", "Run", "Value", "Difference [95% interval]", "ECE difference [95%]", "Flips", "Rank corr.")
 
 
@@ -86,7 +89,7 @@ def _run(run: RunFiles) -> dict[str, Any]:
         "date": run.results.get("date"),
         "model": named,
         **{key: model.get(key) for key in OPTIONS},
-        "preprocessing": card.get("preprocessing") if isinstance(card, Mapping) else None,
+        "transform": card.get("preprocessing") if isinstance(card, Mapping) else None,
         "unsupported": dict(run.medvlm.get("unsupported", {})),
         "cost": cost_of(run),
     }
@@ -95,7 +98,7 @@ def _run(run: RunFiles) -> dict[str, Any]:
 def _differing(runs: Mapping[str, RunFiles]) -> list[str]:
     """The options of the model that are not the same in all runs."""
     described = [_run(run) for run in runs.values()]
-    keys = ("model", *OPTIONS, "preprocessing")
+    keys = ("model", *OPTIONS, "transform")
     return [key for key in keys if any(one[key] != described[0][key] for one in described)]
 
 
