@@ -347,6 +347,7 @@ class TorchBackend(MedicalLM):
             "weight_files_sha256": self.weights if self.checkpoint.weights else {},
             "precision": self.precision,
             "precision_asked": self.precision_asked,
+            "weights_bytes": None if self.held is None else self.held["bytes"],  # in memory
             "quantization": self._describe_quantization(),
             "adapter": self.adapter_identity(),
             "batch_size": self.batching.found,

@@ -36,7 +36,7 @@ COUNTED: Mapping[str, tuple[str, ...]] = {
     "peak_ram_mib": ("efficiency.peak_ram_mib",),
     "vram_allocated_mib": ("efficiency.vram_allocated_mib",),
     "vram_process_mib": ("efficiency.vram_process_mib",),
-    "weights_memory_mib": ("model.quantization.bytes",),
+    "weights_memory_mib": ("model.weights_bytes",),
     "parameters": ("model.card.parameters",),
 }
 
@@ -82,6 +82,6 @@ def _counted(run: RunFiles) -> dict[str, tuple[float, str]]:
             for key in place.split("."):
                 value = value.get(key) if isinstance(value, Mapping) else None
             if isinstance(value, int | float) and not isinstance(value, bool):
-                found[name] = value / MIB if place.endswith(".bytes") else value, place
+                found[name] = value / MIB if place.endswith("_bytes") else value, place
                 break
     return found

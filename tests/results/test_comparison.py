@@ -349,7 +349,7 @@ def test_a_comparison_needs_a_reference_and_another_run(make: Callable[..., RunF
 
 
 def test_the_table_shows_what_was_found_and_numbers_what_was_not(make: Callable[..., RunFiles]) -> None:
-    cost = {"quantization": {"name": "int8", "share": 0.95, "bytes": 2**21}}
+    cost = {"quantization": {"name": "int8", "share": 0.95}, "weights_bytes": 2**21}
     block = compare_runs(
         {"fp32": make("one", label_rows(GOOD)), "int8": make("two", label_rows(POOR), model=cost)},
         reference="fp32", resamples=40,

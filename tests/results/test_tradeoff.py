@@ -62,13 +62,13 @@ def test_of_a_metric_where_less_is_better_the_front_turns_round() -> None:
 
 
 def test_what_a_run_lacks_keeps_it_off_the_fronts_that_need_it_and_is_said() -> None:
-    counted = {"quantization": {"bytes": 5 * MIB}}
+    counted = {"weights_bytes": 5 * MIB}
     runs = {**RUNS, "unmeasured": run(0.9, None, None, None, model=counted), "undefined": run(None, 1, 1, 1)}
     rows = {row["run"]: row for row in tradeoff(runs, metric="t:auroc")}
     unmeasured, undefined = rows["unmeasured"], rows["undefined"]
     assert (unmeasured["weights_memory_mib"], unmeasured["weights_memory_mib_source"]) == (
         5,
-        "model.quantization.bytes",
+        "model.weights_bytes",
     )
     assert unmeasured["on_front_weights_memory_mib"]
     assert not (unmeasured["on_front_latency_p50"] or unmeasured["on_front"] or undefined["on_front_latency_p50"])
