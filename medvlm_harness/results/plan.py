@@ -48,18 +48,20 @@ def plan(arguments: Any) -> PlannedRun:
     config = EvaluatorConfig.from_cli(arguments)
     manager = config.process_tasks(config.metadata)
     tasks = manager.load(config.tasks)["tasks"]
+    lm: Any = _model(config) if arguments.model is not None else None
     images: dict[ImageRef, None] = {}
     texts: dict[str, None] = {}
     planned = []
     for name, task in tasks.items():
         if not getattr(task, "is_medvlm", False):
             continue
+        if hasattr(lm, "CAPABILITIES"):
+            task.prepare_for(lm)
         its_images, its_texts = distinct_inputs(task)
         new = len(its_images.keys() - images.keys()), len(its_texts.keys() - texts.keys())
         planned.append(PlannedTask(name, len(task.documents), len(its_images), len(its_texts), *new))
         images |= its_images
         texts |= its_texts
-    lm: Any = _model(config) if arguments.model is not None else None
     if not hasattr(lm, "seconds_per_item"):
         return PlannedRun(planned, None, None, None, None)
     missing = lm.missing(images, texts)

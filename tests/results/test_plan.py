@@ -70,3 +70,13 @@ def test_the_time_is_that_of_what_is_not_stored(
     then = planned("demo_cxr_view,demo_cxr_retrieval", "--model", "medvlm-tiny")
     assert (then.images, then.seconds_per_image) == (0, None)
     assert then.texts == sum(task.texts for task in then.tasks) - 2
+
+
+def test_a_task_is_counted_as_it_is_asked_of_the_model(
+    planned: Callable[..., PlannedRun], demo: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDVLM_DATA", str(demo.folder.parent))
+    (of_any,) = planned("demo_cxr_impression_choice").tasks
+    assert of_any.texts == 0  # likelihoods, which are no vectors
+    (choice,) = planned("demo_cxr_impression_choice", "--model", "medvlm-tiny").tasks
+    assert choice.texts > choice.documents  # the findings, and the impressions
