@@ -49,7 +49,7 @@ class Counting(DualEncoder):
     def load(self) -> None:
         self.logit_scale = SCALE
         self.lock = threading.Lock()
-        self.decoded = self.held = self.most_held = 0
+        self.decoded = self.waiting = self.most_waiting = 0
         self.batches: list[int] = []
         self.texts: list[str] = []
         self.matrix = torch.randn(48, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -57,13 +57,13 @@ class Counting(DualEncoder):
     def preprocess(self, image: Image) -> torch.Tensor:
         with self.lock:
             self.decoded += 1
-            self.held += 1
-            self.most_held = max(self.most_held, self.held)
+            self.waiting += 1
+            self.most_waiting = max(self.most_waiting, self.waiting)
         return torch.from_numpy(np.array(image.convert("L").resize((48, 1)), dtype=np.float32)) / 255 - 0.5
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         with self.lock:
-            self.held -= len(pixels)
+            self.waiting -= len(pixels)
         self.batches.append(len(pixels))
         return pixels.flatten(1) @ self.matrix
 
@@ -127,7 +127,7 @@ def test_decoding_stays_at_most_two_batches_ahead(
 ) -> None:
     model = Counting(pretrained="x", device="cpu", batch_size=4, decode_threads=threads)
     model.embed(embed_requests(images(60)))
-    assert 4 <= model.most_held <= 2 * 4 + 2 * threads < 60
+    assert 4 <= model.most_waiting <= 2 * 4 + 2 * threads < 60
     assert model.batches == [4] * 15
 
 
