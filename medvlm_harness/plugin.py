@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Patch = Callable[[Any], None]
 
-__all__ = ["autoload", "install", "is_active", "model_targets", "scope", "tasks_folder"]
+__all__ = ["autoload", "install", "is_active", "load_target", "model_targets", "scope", "tasks_folder"]
 
 
 class _Scope:
@@ -143,6 +143,14 @@ def _targets(group: str) -> dict[str, str]:
 
     points = distribution("medvlm-harness").entry_points
     return {point.name: point.value for point in points if point.group == group}
+
+
+def load_target(target: str) -> "Any":
+    """What "module:name" names, imported now."""
+    from importlib import import_module
+
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
 def tasks_folder() -> "Path":

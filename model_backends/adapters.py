@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,12 @@ class Adapter:
     def identity(self) -> dict[str, str]:
         """Hash of weights and settings, and PEFT's version."""
         settings = {k: v for k, v in self._config().items() if k not in _NOT_ANSWERING}
-        digest = combined_sha256([file_sha256(self.weights), json.dumps(settings, sort_keys=True)])
+        digest = combined_sha256([self._weights_sha256, json.dumps(settings, sort_keys=True)])
         return {"sha256": digest, "peft": importlib.metadata.version("peft")}
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        return file_sha256(self.weights)
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -84,6 +84,12 @@ class EmbeddedTexts(TransformersBackend):
                 self.texts_encoded += len(slot)
                 progress.update(len(slot))
 
+    @property
+    def network(self) -> Any:
+        """The loaded model without PEFT's wrapper, whose layers an adapter has replaced."""
+        model: Any = self.model
+        return model if self.adapter is None else model.get_base_model()
+
     # --- results
 
     def describe(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -42,8 +41,7 @@ def base_backend(
     targets = plugin.model_targets()
     if backend not in targets:
         raise UserError(f"Unknown model {backend!r}.{near_matches(backend, targets)}")
-    module, _, attribute = targets[backend].partition(":")
-    cls = getattr(import_module(module), attribute)
+    cls = plugin.load_target(targets[backend])
     if not issubclass(cls, cast(type, kind)):
         raise UserError(f"Expected {what}, but {backend} is a {cls.card.family}.")
     options = simple_parse_args_string(args) if isinstance(args, str) else dict(args)

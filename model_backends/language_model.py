@@ -195,8 +195,7 @@ class LanguageModelBackend(EmbeddedTexts, GenerativeBackend):
         own = (batch.mask.bool() & ~special).to(self._device)
         if not bool(own.any(dim=1).all()):
             raise UserError("A text has no tokens: it has no vector.")
-        network: Any = self.model if self.adapter is None else self.model.get_base_model()  # type: ignore[union-attr,operator]
-        part = network.get_encoder() if self.is_seq2seq else network.base_model
+        part = self.network.get_encoder() if self.is_seq2seq else self.network.base_model
         options = {} if self.is_seq2seq else {"use_cache": False}
         given = {"input_ids": batch.ids.to(self._device), "attention_mask": batch.mask.to(self._device)}
         hidden = part(**given, **options).last_hidden_state.float()

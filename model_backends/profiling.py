@@ -19,7 +19,6 @@ from lm_eval.api.instance import Instance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from medvlm_harness.model_backends.adapters import Adapter
 from medvlm_harness.model_backends.batching import CPU_SIZE
 from medvlm_harness.model_backends.footprint import Footprint, footprint
 from medvlm_harness.model_backends.hardware import hardware
@@ -248,6 +247,5 @@ def _models(backend: TorchBackend) -> list[torch.nn.Module]:
 def _disk_mib(backend: TorchBackend) -> float | None:
     """The files of the weights, those of an adapter among them."""
     files = {path for part in backend.parts() for path in part.checkpoint.weights}
-    adapter = getattr(backend, "adapter", None)
-    files |= {adapter.weights} if isinstance(adapter, Adapter) else set()
+    files |= set() if backend.adapter is None else {backend.adapter.weights}
     return sum(path.stat().st_size for path in files) / MIB if files else None

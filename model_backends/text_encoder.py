@@ -133,7 +133,7 @@ class TextEncoderBackend(TextVectors):
         if not pairs:
             return
         self.ensure_loaded()
-        scorer = MaskedScorer(self._network, filler=self._filler, device=self._device, limit=self.max_length)
+        scorer = MaskedScorer(self.network, filler=self._filler, device=self._device, limit=self.max_length)
         parts = {key: self._split(*pair) for key, pair in pairs.items()}
         order = sorted(parts, key=lambda key: (-sum(map(len, parts[key][:2])), pairs[key]))
         size = self.batching.of(self._device, lambda n: scorer.score(self._rows(*parts[order[0]][:2])[:1] * n))

@@ -206,15 +206,9 @@ class TextVectors(EmbeddedTexts):
         rows = [(*before, *ids[: self.text_room], *after) for ids in texts]
         batch = pad(rows, filler=self._filler, side="right", limit=self.max_length)
         mask = batch.mask.to(self._device)
-        network = self._network.base_model if self.has_head else self._network
+        network = self.network.base_model if self.has_head else self.network
         hidden: torch.Tensor = network(input_ids=batch.ids.to(self._device), attention_mask=mask).last_hidden_state
         return hidden.float(), mask
-
-    @property
-    def _network(self) -> Any:
-        """The loaded model without PEFT's wrapper, whose layers an adapter has replaced."""
-        model: Any = self.model
-        return model if self.adapter is None else model.get_base_model()
 
     # --- results
 

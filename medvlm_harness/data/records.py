@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ __all__ = [
     "Labels",
     "Manifest",
     "Study",
+    "Views",
     "file_sha256",
     "read_dataset",
     "write_dataset",
@@ -34,6 +35,8 @@ SCHEMA_VERSION = 1
 _HASHED_AT_ONCE = 32 * 2**20
 STUDIES_FILE, MANIFEST_FILE = "studies.parquet", "manifest.json"
 
+Views = Literal["frontal", "all"]
+"""Which images of a study are shown."""
 Labels = Mapping[str, int | None]
 """Label name -> 1 positive, 0 negative, -1 uncertain, None unmentioned."""
 
@@ -65,6 +68,11 @@ class Study:
     labels: Mapping[str, Labels] = field(default_factory=dict)
     subgroups: Mapping[str, str] = field(default_factory=dict)
     split: str = "unassigned"
+
+    def shown(self, views: Views) -> list[Image]:
+        """The first frontal image by file name, or all, frontal ones first; may be empty."""
+        ordered = sorted(self.images, key=lambda image: (image.view != "frontal", image.file))
+        return ordered if views == "all" else [image for image in ordered if image.view == "frontal"][:1]
 
 
 @dataclass(frozen=True, slots=True)

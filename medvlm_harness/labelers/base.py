@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any, Protocol
 
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.labelers.text import Sections
+from medvlm_harness.plugin import load_target
 
 __all__ = ["LABELERS", "Labeler", "compose_report", "labeler_from_text", "make_labeler"]
 
@@ -48,8 +48,7 @@ def make_labeler(name: str, **options: Any) -> Labeler:
     """
     if name not in LABELERS:
         raise UserError(f"Expected the name of a labeler, but got {name!r}.{near_matches(name, LABELERS)}")
-    module, _, attribute = LABELERS[name].partition(":")
-    factory = getattr(import_module(module), attribute)
+    factory = load_target(LABELERS[name])
     known = inspect.signature(factory).parameters
     for option in options:
         if option not in known:

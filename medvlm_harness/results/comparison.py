@@ -16,7 +16,7 @@ from medvlm_harness.results.run_cost import EFFICIENCY, cost_of, memory_metric
 from medvlm_harness.results.run_files import RunFiles
 from medvlm_harness.results.score_table import ScoreTable, read_scores
 
-__all__ = ["SCHEMA_VERSION", "compare_runs", "comparison_table"]
+__all__ = ["SCHEMA_VERSION", "compare_runs", "comparison_table", "flips_of"]
 
 SCHEMA_VERSION = 1
 # What must be the same of two runs of a task, by its place in the task's details, and what it is called.
@@ -69,13 +69,14 @@ def compare_runs(
         raise UserError(f"Expected several runs with {reference!r} among them, but got {', '.join(runs) or 'none'}.")
     names = [reference, *(name for name in runs if name != reference)]
     tasks = [name for name in runs[reference].tasks if not name.endswith(EFFICIENCY)]
+    described = {name: _run(runs[name]) for name in names}
     return {
         "schema_version": SCHEMA_VERSION,
         "reference": reference,
         "resamples": resamples,
         "seed": seed,
-        "runs": {name: _run(runs[name]) for name in names},
-        "differs": _differing({name: runs[name] for name in names}),
+        "runs": described,
+        "differs": _differing(list(described.values())),
         "tasks": {task: _task(task, runs, names, across=across, resamples=resamples, seed=seed) for task in tasks},
     }
 
@@ -95,9 +96,8 @@ def _run(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _differing(runs: Mapping[str, RunFiles]) -> list[str]:
+def _differing(described: Sequence[Mapping[str, Any]]) -> list[str]:
     """The options of the model that are not the same in all runs."""
-    described = [_run(run) for run in runs.values()]
     keys = ("model", *OPTIONS, "transform")
     return [key for key in keys if any(one[key] != described[0][key] for one in described)]
 
@@ -257,7 +257,7 @@ def comparison_table(block: Mapping[str, Any]) -> str:
     flips: dict[str, list[str]] = {}
     for task, found in block["tasks"].items():
         for agreement in list(found.get("agreement", {}).values())[:1]:
-            if by := agreement[_flips_of(found)]["extra"].get("by"):
+            if by := agreement[flips_of(found)]["extra"].get("by"):
                 flips.setdefault(by, []).append(task)
     if flips:
         head.append("Flips, share of answers other than the reference's: ")
@@ -276,7 +276,7 @@ def _against(
     return (
         _difference(found["metrics"][metric]["differences"][name], notes),
         _difference(calibrated["differences"][name], notes) if calibrated else "",
-        _number(agreement[_flips_of(found)], notes) if first else "",
+        _number(agreement[flips_of(found)], notes) if first else "",
         _number(agreement["rank_correlation"], notes) if first and "rank_correlation" in agreement else "",
     )
 
@@ -285,7 +285,8 @@ def _named(metric: str, found: Mapping[str, Any]) -> str:
     return f"{metric} (less is better)" if found["lower_is_better"] else metric
 
 
-def _flips_of(found: Mapping[str, Any]) -> str:
+def flips_of(found: Mapping[str, Any]) -> str:
+    """Of what `compare_runs` says of a task, the name of the agreement that says how many answers change."""
     return f"flip_rate@{K}" if found["kind"] == "search" else "flip_rate"
 
 

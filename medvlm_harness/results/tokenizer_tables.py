@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvlm_harness.results.markdown import markdown_table
-from medvlm_harness.results.plots import house_style, new_figure, save_plot
+from medvlm_harness.results.plots import house_style, new_figure, plot_data, save_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,11 +43,7 @@ def tokenizer_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def tokenizer_csv(results: Mapping[str, Any]) -> str:
     """The rows as CSV, empty where there is nothing to state."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, HEADER, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(tokenizer_rows(results))
-    return out.getvalue()
+    return plot_data(tokenizer_rows(results))
 
 
 def tokenizer_markdown(results: Mapping[str, Any]) -> str:

@@ -113,7 +113,7 @@ def tradeoff_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What `tradeoff` gives, in Markdown; best first, runs on the front of all costs together in bold."""
     costs = _costs(rows)
     head = ("Run", f"{rows[0]['metric']} [95% interval]", rows[0]["colour_metric"], *costs, "On the front of")
-    lines, sources, reasons = [head], set(), []
+    lines, reasons = [head], []
     for row in sorted(rows, key=lambda one: (one["value"] is None, -(one["value"] or 0))):
         name = f"**{row['run']}**" if row["on_front"] else row["run"]
         interval = "" if row["low"] is None else f" [{row['low']:.4f}, {row['high']:.4f}]"
@@ -121,7 +121,6 @@ def tradeoff_table(rows: Sequence[Mapping[str, Any]]) -> str:
         colour = "n/a" if row["colour"] is None else f"{row['colour']:.4f}"
         fronts = ", ".join(cost for cost in costs if row[f"on_front_{cost}"])
         lines.append((name, value, colour, *("n/a" if row[c] is None else f"{row[c]:.4g}" for c in costs), fronts))
-        sources |= {f"{cost} of {row['run']} from {row[f'{cost}_source']}" for cost in costs if row[cost] is not None}
         reasons += [f"n/a of {row['run']}: {row['reason']}."] if row["reason"] else []
     return "\n".join([*markdown_table(lines), "", *reasons]).rstrip() + "\n"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medvlm_harness.results.comparison import compare_runs, comparison_table
+from medvlm_harness.results.comparison import compare_runs, comparison_table, flips_of
 from medvlm_harness.results.markdown import Notes, markdown_table
 from medvlm_harness.results.run_cost import EFFICIENCY, cost_of
 from medvlm_harness.results.run_files import RunFiles, read_run
@@ -83,8 +83,8 @@ def compare_cells(folder: Path) -> Compared | None:
     main = {cell.name: cell.run for cell in _at_references(done, references)}
     if metric is not None and any(metric.partition(":")[0] in run.tasks for run in main.values()):
         rows = tradeoff(main, metric=metric)
-        shown = [*shown, tradeoff_table(rows)]
-        tables = [*tables, tradeoff_table(rows)]
+        cost_table = tradeoff_table(rows)
+        shown, tables = [*shown, cost_table], [*tables, cost_table]
         plot = folder / "tradeoff.png"
         files += [plot, tradeoff_plot(rows, plot)]
     files[1].write_text("\n".join([*first, *tables]), encoding="utf-8")
@@ -188,9 +188,9 @@ def _flips(
     for group in groups:
         if group.reference is first or group.block["reference"] != cell.name:
             continue
-        for name, agreement in group.block["tasks"].get(task, {}).get("agreement", {}).items():
-            rates = [one for measure, one in agreement.items() if measure.startswith("flip_rate")]
-            found[_level(places[name], group.reference)] = rates[0]
+        its = group.block["tasks"].get(task, {})
+        for name, agreement in its.get("agreement", {}).items():
+            found[_level(places[name], group.reference)] = agreement[flips_of(its)]
     return found
 
 

@@ -23,6 +23,7 @@ from medvlm_harness.requests import (
     TimedBatches,
     TimingProtocol,
     Workload,
+    capabilities_of,
 )
 from medvlm_harness.tracks.base import COMMON_KEYS, STAND_IN, MedicalTask
 from medvlm_harness.tracks.retrieval import study_texts
@@ -125,7 +126,7 @@ class Efficiency(MedicalTask):
 
     def prepare_for(self, lm: Any) -> None:
         """Choose the workload by what the model can do."""
-        can: frozenset[Capability] = getattr(lm, "CAPABILITIES", frozenset()) - getattr(lm, "lacks", {}).keys()
+        can = capabilities_of(lm) or frozenset()
         # A floor answers by a text that the task hands over: it writes nothing.
         writes = "generate_until" in can and getattr(lm, "floor", None) is None
         if writes:
@@ -163,8 +164,7 @@ class Efficiency(MedicalTask):
 
     @staticmethod
     def _image(study: Study) -> Image | None:
-        frontal = [image for image in study.images if image.view == "frontal"]
-        return min(frontal, key=lambda image: image.file, default=None)
+        return next(iter(study.shown("frontal")), None)
 
     def what_studies_have(self) -> str:
         """Images, findings and reports."""

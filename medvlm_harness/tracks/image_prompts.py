@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, SupportsIndex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, SupportsIndex, get_args
 
 from PIL.Image import Image as Picture
 
 from medvlm_harness.data.images import open_reference
-from medvlm_harness.data.records import Image, Study
+from medvlm_harness.data.records import Image, Study, Views
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.requests import ImageRef
 from medvlm_harness.tracks.perturbed import Perturbable
@@ -17,7 +17,7 @@ from medvlm_harness.tracks.prompts import PromptedTask
 __all__ = ["ImagePrompts", "OpenedImages"]
 
 MARK = "<image>"  # lm-eval's own; each backend puts its tokens there
-CHOICES = ("frontal", "all")
+CHOICES: Mapping[str, Views] = {views: views for views in get_args(Views)}
 NOTHING_STATED = "not stated"
 
 
@@ -63,12 +63,13 @@ class ImagePrompts(PromptedTask):
         """Check the choice of images, and that the prompt has a place for them."""
         super().read_declaration()
         self.opens_images = False
-        self.images = str(self.runtime.get("images", self.declared.get("images", "frontal")))
-        if self.images not in CHOICES:
+        asked = str(self.runtime.get("images", self.declared.get("images", "frontal")))
+        if asked not in CHOICES:
             raise UserError(
-                f"{self.task_name}: expected images to be frontal or all, but got {self.images!r}."
-                f"{near_matches(self.images, CHOICES)}"
+                f"{self.task_name}: expected images to be frontal or all, but got {asked!r}."
+                f"{near_matches(asked, CHOICES)}"
             )
+        self.images: Views = CHOICES[asked]
         if "images" not in self.prompt_fields:
             raise UserError(f"{self.task_name}: expected the prompt to hold {{images}}, the place of the images.")
 
@@ -78,8 +79,7 @@ class ImagePrompts(PromptedTask):
 
     def chosen_images(self, study: Study) -> list[Image]:
         """What is shown of a study; may be empty."""
-        ordered = sorted(study.images, key=lambda image: (image.view != "frontal", image.file))
-        return ordered if self.images == "all" else [image for image in ordered if image.view == "frontal"][:1]
+        return study.shown(self.images)
 
     def prompt_field(self, study: Study, name: str) -> str:
         """The marks of the images, or a section; an empty section says so, as nothing would read as a cut prompt."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from medvlm_harness.data.records import Dataset, Study
+from medvlm_harness.data.records import Dataset, Study, Views
 from medvlm_harness.errors import UserError
 from medvlm_harness.requests import ImageRef
 
-__all__ = ["TrainingData", "Views"]
-
-Views = Literal["frontal", "all"]
+__all__ = ["TrainingData"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +58,7 @@ class TrainingData:
 
     def images(self, study: Study, views: Views = "frontal") -> tuple[ImageRef, ...]:
         """The first frontal image of a study by file name, or all, frontal ones first; may be empty."""
-        ordered = sorted(study.images, key=lambda image: (image.view != "frontal", image.file))
-        chosen = ordered if views == "all" else [image for image in ordered if image.view == "frontal"][:1]
-        return tuple(ImageRef(image.sha256, self.image_root / image.file) for image in chosen)
+        return tuple(ImageRef(image.sha256, self.image_root / image.file) for image in study.shown(views))
 
     def trained_on(self) -> dict[str, Any]:
         """The entry of a model card's `trained_on` for what was learnt here."""

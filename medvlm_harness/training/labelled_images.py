@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlm_harness.data.labels import resolve
-from medvlm_harness.data.records import Study
+from medvlm_harness.data.records import Study, Views
 from medvlm_harness.errors import UserError
 from medvlm_harness.requests import ImageRef
 from medvlm_harness.tracks.task_data import LABEL_SOURCE_ORDER
-from medvlm_harness.training.data import TrainingData, Views
+from medvlm_harness.training.data import TrainingData
 
 __all__ = ["LabelledImages", "Targets", "label_source_of", "labelled_images", "learnable"]
 

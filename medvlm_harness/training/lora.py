@@ -69,7 +69,7 @@ class LoraMethod(Method):
         if "peft" in simple_parse_args_string(self.model_args):
             raise UserError("Expected a base model without an adapter: leave peft= out of --model-args.")
         backend = base_backend(self.model, self.model_args, kind=kind, what=what, device=self.device)
-        way = getattr(backend, "quantization", None)
+        way = backend.quantization
         if way is not None and way.library != "bitsandbytes":
             raise UserError(f"quantization={way.name} passes no gradient on: use nf4 or int8, or leave it out.")
         return backend

@@ -23,6 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from medvlm_harness.data.images import open_reference
+from medvlm_harness.data.records import Views
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.dual_encoder import DualEncoder
 from medvlm_harness.model_backends.frozen_encoder import encoder_record, frozen_encoder
@@ -36,7 +37,7 @@ from medvlm_harness.model_backends.medbridge_adapter import (
 )
 from medvlm_harness.model_backends.tower_tokens import token_tower
 from medvlm_harness.requests import ImageRef
-from medvlm_harness.training.data import TrainingData, Views
+from medvlm_harness.training.data import TrainingData
 from medvlm_harness.training.labelled_images import LabelledImages, Targets, label_source_of, labelled_images, learnable
 from medvlm_harness.training.loop import Trainable, fit
 from medvlm_harness.training.methods import BaseModel, Method, Trained

@@ -7,12 +7,12 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from medvlm_harness.errors import UserError, near_matches
 from medvlm_harness.metrics.estimate import Estimate
+from medvlm_harness.plugin import load_target
 from medvlm_harness.training.data import TrainingData
 
 if TYPE_CHECKING:
@@ -139,8 +139,7 @@ def find_method(name: str) -> type[Method]:
     """
     if name not in METHODS:
         raise UserError(f"Unknown method {name!r}.{near_matches(name, METHODS)}")
-    module, _, attribute = METHODS[name].partition(":")
-    found: type[Method] = getattr(import_module(module), attribute)
+    found: type[Method] = load_target(METHODS[name])
     return found
 
 

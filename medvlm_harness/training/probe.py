@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from medvlm_harness.data.records import Views
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.frozen_encoder import base_backend, encoder_record
 from medvlm_harness.model_backends.image_vectors import ImageVectors
 from medvlm_harness.model_backends.probe import CONFIG_FILE, WEIGHTS_FILE, Probe, vectors_of
-from medvlm_harness.training.data import TrainingData, Views
+from medvlm_harness.training.data import TrainingData
 from medvlm_harness.training.labelled_images import LabelledImages, label_source_of, labelled_images, learnable
 from medvlm_harness.training.loop import Trainable, fit
 from medvlm_harness.training.methods import BaseModel, Method, Trained

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from medvlm_harness.data.records import Study
+from medvlm_harness.data.records import Study, Views
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.dual_encoder import DualEncoder
 from medvlm_harness.model_backends.frozen_encoder import encoder_record, frozen_encoder
@@ -30,7 +30,7 @@ from medvlm_harness.model_backends.projector import (
 from medvlm_harness.model_backends.sequences import pad
 from medvlm_harness.model_backends.vision_language import IMAGE_PLACE
 from medvlm_harness.requests import ImageRef
-from medvlm_harness.training.data import TrainingData, Views
+from medvlm_harness.training.data import TrainingData
 from medvlm_harness.training.loop import Trainable, fit
 from medvlm_harness.training.methods import BaseModel, Method, Trained
 
