@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -79,17 +78,18 @@ def _entries(task: str | None) -> Iterator[tuple[str, Entry]]:
     from medvlm_harness.model_backends.catalogue import catalogue
 
     targets = plugin.model_targets()
-    needs = None if task is None else _needs(task)
+    tasks = [] if task is None else _tasks(task)
     for name, entry in catalogue().items():
         model = entry.run.model
         if model not in targets or entry.run.cannot:
             continue
-        if needs is None or needs <= _capabilities(targets[model]):
+        backend: Any = plugin.load_target(targets[model]) if tasks else None
+        if all(one.needs(backend) <= backend.CAPABILITIES for one in tasks):
             yield name, entry
 
 
-def _needs(task: str) -> frozenset[str]:
-    """The capabilities that a task needs, or all tasks of a group."""
+def _tasks(task: str) -> list[Any]:
+    """A task, or all tasks of a group."""
     plugin.scope.builtin_tasks = False
     plugin.install()
     from lm_eval.tasks import TaskManager
@@ -99,11 +99,4 @@ def _needs(task: str) -> frozenset[str]:
     manager = TaskManager()
     if task not in manager.all_tasks:
         raise UserError(f"Unknown task {task!r}.{near_matches(task, manager.all_tasks)}")
-    found: frozenset[str] = frozenset().union(*(one.NEEDS for one in manager.load([task])["tasks"].values()))
-    return found
-
-
-def _capabilities(target: str) -> frozenset[str]:
-    module, _, attribute = target.partition(":")
-    found: frozenset[str] = getattr(import_module(module), attribute).CAPABILITIES
-    return found
+    return list(manager.load([task])["tasks"].values())

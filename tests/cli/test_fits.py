@@ -47,6 +47,7 @@ def test_a_smaller_memory_holds_less(medvlm: Callable[..., Any]) -> None:
         ("iu_cxr_zeroshot", {"chexzero", "llava-med"}, {"t5-small", "distilbert"}),
         ("iu_cxr_retrieval", {"chexzero", "medclip"}, {"llava-med", "t5-small", "distilbert"}),
         ("iu_cxr_summarization", {"t5-small"}, {"chexzero"}),
+        ("iu_cxr_impression_choice", {"chexzero", "llava-med", "t5-small", "distilbert"}, set()),
     ],
 )
 def test_a_task_leaves_out_what_cannot_do_it(
