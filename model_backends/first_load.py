@@ -6,13 +6,13 @@ A file beside the store, shared between processes: source and revision -> file n
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from medvlm_harness.errors import UserError
+from medvlm_harness.files import write_json
 from medvlm_harness.model_backends.cards import Source
 
 __all__ = ["FIRST_LOADS", "compare_with_first_load", "refuse_other_bytes"]
@@ -55,7 +55,7 @@ def compare_with_first_load(source: Source, found: Mapping[str, str], record: Pa
             new = {file: sha256 for file, sha256 in found.items() if file not in first}
             if new:
                 first.update(new)
-                _write(record, known)
+                write_json(record, known)
     except (OSError, ValueError, NotImplementedError, Timeout) as error:
         return [f"{record}: hashes of {key} were not compared with those of its first load ({error})"]
     return [
@@ -71,9 +71,3 @@ def _read(record: Path) -> dict[str, dict[str, str]]:
     if not isinstance(known, dict) or not all(isinstance(files, dict) for files in known.values()):
         raise ValueError("it is not what this package writes")
     return known
-
-
-def _write(record: Path, known: Mapping[str, Mapping[str, str]]) -> None:
-    partial = record.with_name(f".{record.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(record)

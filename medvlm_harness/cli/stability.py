@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -15,6 +14,7 @@ import typer
 
 from medvlm_harness import plugin
 from medvlm_harness.errors import UserError
+from medvlm_harness.files import write_json
 from medvlm_harness.results.stability import Condition, stability, stability_table
 
 __all__ = ["Variants", "run_variants", "variants"]
@@ -120,7 +120,7 @@ def run_variants(command: Any, asked: Variants) -> None:
         for run, file in zip(block["runs"], files, strict=True):
             run["results"] = file.name if file.is_file() else None  # lm-eval says only in its log that it could not
         path = files[0].with_name(f"stability_{datetime.now().isoformat().replace(':', '-')}.json")
-        path.write_text(json.dumps(block, indent=2, allow_nan=False), encoding="utf-8")
+        write_json(path, block)
         typer.echo(f"wrote {path}")
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medvlm_harness.errors import UserError
+from medvlm_harness.files import replacing
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -151,9 +152,8 @@ def write_dataset(folder: Path, studies: Iterable[Study], manifest: Manifest) ->
         MANIFEST_FILE: lambda path: path.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8"),
     }
     for name, write in writers.items():
-        partial = folder / f".{name}.partial"
-        write(partial)
-        partial.replace(folder / name)
+        with replacing(folder / name) as partial:
+            write(partial)
     return folder
 
 

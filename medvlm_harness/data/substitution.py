@@ -7,7 +7,6 @@ or on the number of processes. What has to be made lies in the user cache as PNG
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from io import BytesIO
@@ -22,6 +21,7 @@ from medvlm_harness.cache import cache_folder
 from medvlm_harness.data.images import open_image
 from medvlm_harness.data.records import Dataset, Image, Study
 from medvlm_harness.errors import UserError
+from medvlm_harness.files import write_whole
 
 __all__ = ["SUBSTITUTES", "ImageFile", "Substitute", "Substitution"]
 
@@ -118,7 +118,7 @@ class Substitution:
             for image in train:
                 total += self._square(image)
             mean = (total + len(train) // 2) // len(train)
-            _replace(path, _png(Pillow.fromarray(mean.astype(np.uint8))))
+            write_whole(path, _png(Pillow.fromarray(mean.astype(np.uint8))))
         return open_image(path)
 
     def _square(self, image: Image) -> NDArray[np.int64]:
@@ -165,7 +165,7 @@ def _written(make: Callable[[tuple[int, int]], Pillow.Image], size: tuple[int, i
     digest = hashlib.sha256(payload).hexdigest()
     path = _folder() / f"{digest}.png"
     if not (path.is_file() and path.read_bytes() == payload):
-        _replace(path, payload)
+        write_whole(path, payload)
     return ImageFile(digest, path)
 
 
@@ -173,11 +173,3 @@ def _png(picture: Pillow.Image) -> bytes:
     buffer = BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _replace(path: Path, payload: bytes) -> None:
-    """Write whole or not at all; another process may write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial_path.write_bytes(payload)
-    partial_path.replace(path)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medvlm_harness.data.chexpert import CHEXPERT_14
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.files import replacing
 from medvlm_harness.labelers.base import Labeler
 
 __all__ = ["TABLE_SUFFIXES", "LabelledTable", "Progress", "label_table", "read_reports"]
@@ -81,7 +81,7 @@ def label_table(
             progress(done, len(texts))
     header = [*header, *added]
     columns = [*columns, *([row[name] for row in labels] for name in CHEXPERT_14)]
-    with _replacing(target) as partial:
+    with replacing(target) as partial:
         if target.suffix.lower() == ".parquet":
             _write_parquet(partial, header, columns, f"{labeler.name} {labeler.version}")
         else:
@@ -193,14 +193,3 @@ def _write_parquet(path: Path, header: Sequence[str], columns: Sequence[Any], la
     ]
     table = pa.table(arrays, names=list(header))
     pq.write_table(table.replace_schema_metadata({"medvlm_labeler": labeler}), path, compression="zstd")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A file beside the target that takes its place when it is complete, and is gone when it is not."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        yield partial
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvlm_harness.errors import UserError
+from medvlm_harness.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,12 +172,9 @@ def save_plot(figure: Figure, path: Path, *, data: Sequence[Mapping[str, object]
     drawn = io.BytesIO()
     with house_style():
         figure.savefig(drawn, format=suffix[1:], metadata=dict(UNSTAMPED[suffix]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".csv")
     for file, content in ((path, drawn.getvalue()), (beside, table.encode())):
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(file)
+        write_whole(file, content)
     return beside
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from lm_eval.utils import handle_non_serializable, sanitize_model_name
 
 from medvlm_harness.errors import UserError
+from medvlm_harness.files import replacing
 
 __all__ = ["SCHEMA", "name_folder", "results_file", "write_beside_results", "write_scores"]
 
@@ -37,10 +38,8 @@ SCHEMA = pa.schema(
 
 def write_scores(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.Table.from_pylist(list(records), schema=SCHEMA), partial, compression="zstd")
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(list(records), schema=SCHEMA), partial, compression="zstd")
 
 
 def name_folder(tracker: Any, results: Mapping[str, Any]) -> None:

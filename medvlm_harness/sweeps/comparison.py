@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medvlm_harness.files import write_json, write_whole
 from medvlm_harness.results.comparison import compare_runs, comparison_table, flips_of
 from medvlm_harness.results.markdown import Notes, markdown_table
 from medvlm_harness.results.run_cost import EFFICIENCY, cost_of
@@ -77,7 +77,7 @@ def compare_cells(folder: Path) -> Compared | None:
     first = [_summary(done, references, groups)] if len(references) > 1 else []
     files = [folder / "comparison.json", folder / "comparison.md"]
     written = [{"reference": one.reference, "place": one.place, "comparison": one.block} for one in groups]
-    files[0].write_text(json.dumps({"sweep": recorded.name, "groups": written}, indent=1), encoding="utf-8")
+    write_json(files[0], {"sweep": recorded.name, "groups": written})
     shown = first or tables
     metric = recorded.compare.accuracy
     main = {cell.name: cell.run for cell in _at_references(done, references)}
@@ -87,7 +87,7 @@ def compare_cells(folder: Path) -> Compared | None:
         shown, tables = [*shown, cost_table], [*tables, cost_table]
         plot = folder / "tradeoff.png"
         files += [plot, tradeoff_plot(rows, plot)]
-    files[1].write_text("\n".join([*first, *tables]), encoding="utf-8")
+    write_whole(files[1], "\n".join([*first, *tables]))
     return Compared("\n".join(shown), files)
 
 

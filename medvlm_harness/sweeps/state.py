@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medvlm_harness.errors import UserError
+from medvlm_harness.files import write_json
 from medvlm_harness.sweeps.cells import Cell
 from medvlm_harness.sweeps.declaration import Comparison, Sweep
 
@@ -122,7 +123,7 @@ class CellFolder:
     def submitted(self, kind: str, job: str) -> None:
         """Note that an attempt was handed over, as which job."""
         process = asdict(Process.of(int(job))) if kind == "local" else None
-        _write(self._job, {"kind": kind, "id": job, "process": process})
+        write_json(self._job, {"kind": kind, "id": job, "process": process})
 
     def job(self) -> Mapping[str, Any]:
         """What `submitted` noted; empty where nothing was."""
@@ -130,7 +131,7 @@ class CellFolder:
 
     def started(self, processes: Sequence[Process]) -> None:
         """Note the processes at work."""
-        _write(self._running, {"started": time.time(), "processes": [asdict(one) for one in processes]})
+        write_json(self._running, {"started": time.time(), "processes": [asdict(one) for one in processes]})
 
     def beat(self) -> None:
         """Give a sign that they are."""
@@ -138,7 +139,7 @@ class CellFolder:
 
     def ended(self, outcome: Outcome) -> None:
         """Note how it ended."""
-        _write(self._outcome, asdict(outcome))
+        write_json(self._outcome, asdict(outcome))
 
     def processes(self) -> list[Process]:
         """Those at work, as noted."""
@@ -230,7 +231,7 @@ def write_record(folder: Path, sweep: Sweep, cells: Sequence[Cell]) -> None:
         }
         for cell in cells
     ]
-    _write(path, {"name": sweep.name, "compare": asdict(sweep.compare), "cells": listed})
+    write_json(path, {"name": sweep.name, "compare": asdict(sweep.compare), "cells": listed})
 
 
 def read_record(folder: Path) -> Recorded:
@@ -275,7 +276,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"This sweep is being run already{by}: `medvlm sweep status {folder}` shows it.") from error
     note = folder / "controller.json"
     try:
-        _write(note, asdict(Process.of(os.getpid())))
+        write_json(note, asdict(Process.of(os.getpid())))
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -296,14 +297,6 @@ def failure(stderr: Path) -> str:
             more.append(line.strip())
         return " ".join([first, *more])
     return lines[-1].strip() if lines else "it printed nothing"
-
-
-def _write(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

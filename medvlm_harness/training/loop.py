@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from medvlm_harness.errors import UserError
+from medvlm_harness.files import replacing
 from medvlm_harness.training.methods import Schedule
 
 __all__ = ["LOG_FILE", "STATE_FILE", "Fitted", "Trainable", "batches", "fit"]
@@ -273,9 +274,8 @@ class _Loop:
             "best": self.best,
             "at": progress,
         }
-        partial = self.folder / f"{STATE_FILE}.partial"
-        torch.save(state, partial)
-        partial.replace(self.folder / STATE_FILE)
+        with replacing(self.folder / STATE_FILE) as partial:
+            torch.save(state, partial)
         self.saved = time.monotonic()
 
     def resume(self) -> None:
