@@ -49,6 +49,22 @@ class Estimate:
         """
         return cls(math.nan, math.nan, (math.nan, math.nan), n, positives, reason=reason)
 
+    @classmethod
+    def from_dict(cls, known: Mapping[str, Any]) -> Estimate:
+        """The estimate that `to_dict` was taken of: None becomes NaN again."""
+        value, stderr, interval = known["value"], known.get("stderr"), known.get("ci95") or (None, None)
+        numbers = [math.nan if one is None else float(one) for one in (value, stderr, *interval)]
+        rest = {key: known.get(key) for key in ("positives", "floor", "ceiling", "reason")}
+        return cls(
+            numbers[0],
+            numbers[1],
+            (numbers[2], numbers[3]),
+            known.get("n", 0),
+            **rest,
+            method=known.get("method", ""),
+            extra=dict(known.get("extra") or {}),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain JSON: numbers that are not finite become None, an unknown interval None as a whole."""
         interval = [plain(end) for end in self.ci95]

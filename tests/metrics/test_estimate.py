@@ -54,3 +54,10 @@ def test_it_cannot_be_changed_afterwards() -> None:
 def test_what_json_cannot_hold_is_refused() -> None:
     with pytest.raises(TypeError, match="Expected a number, a string"):
         Estimate(0.5, 0.1, (0.4, 0.6), n=3, extra={"labels": {1, 2}}).to_dict()
+
+
+def test_it_comes_back_from_json() -> None:
+    whole = Estimate(0.5, 0.1, (0.4, 0.6), n=3, positives=2, floor=0.1, method="bootstrap", extra={"labels": ["a"]})
+    assert Estimate.from_dict(whole.to_dict()) == whole
+    undefined = Estimate.undefined("no positive item", n=590, positives=0)
+    assert Estimate.from_dict(undefined.to_dict()).to_dict() == undefined.to_dict()
