@@ -37,10 +37,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
+from medvlm_harness.metrics.delong import components
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.ranking import auroc, average_precision
 
-__all__ = ["AurocInterval", "auroc_estimate", "auroc_interval", "delong_variance"]
+__all__ = ["AurocInterval", "auroc_estimate", "auroc_interval"]
 
 Floats = NDArray[np.float64]
 
@@ -57,16 +58,6 @@ class AurocInterval(NamedTuple):
     stderr: float  # DeLong's; NaN where the sample shows no variance, because 0 would claim certainty
     low: float
     high: float
-
-
-class _Components(NamedTuple):
-    """DeLong's variance in parts: from positives, from negatives, and (of studies that hold both) their covariance."""
-
-    positive: float
-    negative: float
-    covariance: float
-    positive_studies: int
-    negative_studies: int
 
 
 def auroc_interval(
@@ -91,8 +82,8 @@ def auroc_interval(
     value = auroc(y_true, score)
     if np.isnan(value):
         return AurocInterval(np.nan, np.nan, np.nan, np.nan)
-    parts = _components(y_true, score, clusters)
-    variance = _variance(parts)
+    parts = components(y_true, score, clusters)
+    variance = parts.variance
     low, high = _interval(
         np.array(value),
         np.array(variance),
@@ -130,57 +121,6 @@ def auroc_estimate(y_true: ArrayLike, score: ArrayLike, studies: ArrayLike, *, n
         reason=note,
         extra={"average_precision": average_precision(y_true, score), "prevalence": positives / n},
     )
-
-
-def delong_variance(y_true: ArrayLike, score: ArrayLike, *, clusters: ArrayLike | None = None) -> float:
-    """DeLong's variance of the AUROC, or Obuchowski's for clustered items.
-
-    Returns:
-        NaN unless each class is in at least two clusters; 0 if all placements are alike (perfect separation, or all
-        scores tied), which says that the sample shows no variance, not that there is none.
-
-    Source: DeLong et al. 1988, Biometrics 44(3); Obuchowski 1997, Biometrics 53(2).
-    """
-    if np.isnan(auroc(y_true, score)):
-        return float("nan")
-    return _variance(_components(y_true, score, clusters))
-
-
-def _components(y_true: ArrayLike, score: ArrayLike, clusters: ArrayLike | None) -> _Components:
-    y, s = np.asarray(y_true) == 1, np.asarray(score, dtype=np.float64)
-    ids = np.arange(y.size) if clusters is None else np.asarray(clusters)
-    if ids.shape != y.shape:
-        raise ValueError(f"Expected clusters of shape {y.shape}, but got {ids.shape}.")
-    names, study = np.unique(ids, return_inverse=True)
-    m, n = int(y.sum()), int((~y).sum())
-    overall = _average_rank(s)
-    # Placement of an item: the share of the other class that it is on the right side of, ties counted half.
-    placement = np.empty(y.size)
-    placement[y] = (overall[y] - _average_rank(s[y])) / n
-    placement[~y] = 1 - (overall[~y] - _average_rank(s[~y])) / m
-    centred = placement - placement[y].mean()
-    of_positives = np.bincount(study[y], weights=centred[y], minlength=len(names)) / m
-    of_negatives = np.bincount(study[~y], weights=centred[~y], minlength=len(names)) / n
-    i, j, k = np.unique(study[y]).size, np.unique(study[~y]).size, len(names)
-    return _Components(
-        positive=i / (i - 1) * float(of_positives @ of_positives) if i > 1 else float("nan"),
-        negative=j / (j - 1) * float(of_negatives @ of_negatives) if j > 1 else float("nan"),
-        covariance=k / (k - 1) * float(of_positives @ of_negatives) if k > 1 else float("nan"),
-        positive_studies=i,
-        negative_studies=j,
-    )
-
-
-def _average_rank(values: Floats) -> Floats:
-    """Rank of each value from 1, tied ones sharing their mean (scipy.stats takes half a second to import)."""
-    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-    mean: Floats = np.cumsum(count) - (count - 1) / 2
-    return mean[group]
-
-
-def _variance(parts: _Components) -> float:
-    # np.maximum keeps NaN. Rounding, or a strong negative covariance in few studies, must not end below 0.
-    return float(np.maximum(parts.positive + parts.negative + 2 * parts.covariance, 0))
 
 
 def _degrees_of_freedom(positive: Floats, negative: Floats, positive_studies: int, negative_studies: int) -> Floats:

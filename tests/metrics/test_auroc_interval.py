@@ -13,59 +13,14 @@ from medvlm_harness.metrics.auroc_interval import (
     _interval,
     _newcombe_variance,
     auroc_interval,
-    delong_variance,
 )
 from medvlm_harness.metrics.bootstrap import study_weights
+from medvlm_harness.metrics.delong import delong_variance
 from medvlm_harness.metrics.ranking import weighted_auroc
 
 RNG = np.random.default_rng(7)
 ITEMS = 600
 Floats = NDArray[np.float64]
-
-
-def variance_by_hand(y: list[int], s: list[float], clusters: list[int]) -> float:
-    """Independent and slow: placements by counting pairs, Obuchowski's sums by loops over clusters."""
-    positives = [i for i, label in enumerate(y) if label]
-    negatives = [i for i, label in enumerate(y) if not label]
-
-    def wins(i: int, j: int) -> float:
-        return 1.0 if s[i] > s[j] else 0.5 if s[i] == s[j] else 0.0
-
-    m, n = len(positives), len(negatives)
-    v10 = {i: sum(wins(i, j) for j in negatives) / n for i in positives}
-    v01 = {j: sum(wins(i, j) for i in positives) / m for j in negatives}
-    area = sum(v10.values()) / m
-    of_positives, of_negatives = {}, {}
-    for c in set(clusters):
-        inside = [v10[i] - area for i in positives if clusters[i] == c]
-        of_positives[c] = (sum(inside), len(inside))
-        inside = [v01[j] - area for j in negatives if clusters[j] == c]
-        of_negatives[c] = (sum(inside), len(inside))
-    i10 = sum(count > 0 for _, count in of_positives.values())
-    i01 = sum(count > 0 for _, count in of_negatives.values())
-    k = len(of_positives)
-    s10 = i10 / ((i10 - 1) * m) * sum(total**2 for total, _ in of_positives.values())
-    s01 = i01 / ((i01 - 1) * n) * sum(total**2 for total, _ in of_negatives.values())
-    s11 = k / (k - 1) * sum(of_positives[c][0] * of_negatives[c][0] for c in of_positives)
-    return s10 / m + s01 / n + 2 * s11 / (m * n)
-
-
-@pytest.mark.parametrize("levels", [4, 10_000])
-def test_variance_equals_the_definition(levels: int) -> None:
-    for _ in range(20):
-        y = np.r_[1, 1, 0, 0, RNG.random(36) < 0.3].astype(int)
-        s = RNG.integers(0, levels, 40) / levels
-        single, mixed = np.arange(40), np.r_[0, 1, 2, 3, RNG.integers(0, 15, 36)]
-        assert delong_variance(y, s) == pytest.approx(variance_by_hand(y.tolist(), s.tolist(), single.tolist()))
-        by_hand = max(variance_by_hand(y.tolist(), s.tolist(), mixed.tolist()), 0)
-        assert delong_variance(y, s, clusters=mixed) == pytest.approx(by_hand)
-
-
-def test_variance_without_clusters_is_delongs_textbook_formula() -> None:
-    y, s = np.r_[np.ones(10), np.zeros(50)], RNG.normal(size=60)
-    wins = (s[:10, None] > s[10:]).astype(float)
-    textbook = wins.mean(axis=1).var(ddof=1) / 10 + wins.mean(axis=0).var(ddof=1) / 50
-    assert delong_variance(y, s) == pytest.approx(textbook)
 
 
 def test_each_image_twice_has_the_variance_of_each_image_once() -> None:
@@ -207,7 +162,7 @@ def test_the_simulated_intervals_are_those_of_the_public_function() -> None:
             label, study = np.r_[np.ones(positives), np.zeros(ITEMS - positives)], np.r_[of_x, of_y + 1000]
             order = RNG.permutation(ITEMS)
             got = auroc_interval(label[order], s[order], clusters=study[order])
-            variance = variance_by_hand(label.tolist(), s.tolist(), study.tolist())
+            variance = delong_variance(label, s, clusters=study)
             assert got.stderr == pytest.approx(math.sqrt(variance))
             wins = (s[:positives, None] > s[positives:]).mean()
             assert got.value == pytest.approx(wins)
