@@ -21,6 +21,7 @@ from medvlm_harness.metrics.calibration import macro_calibration
 from medvlm_harness.metrics.classification import weighted_accuracy, weighted_balanced_accuracy
 from medvlm_harness.metrics.ranking import WeightedRanking
 from medvlm_harness.metrics.retrieval import RankedQueries, recall_at, reciprocal_rank
+from medvlm_harness.results.primary import PRIMARY
 from medvlm_harness.results.score_table import ScoreTable
 from medvlm_harness.tracks.search import KS
 from medvlm_harness.tracks.zero_shot_metrics import enough_support
@@ -43,8 +44,6 @@ Statistic = Callable[[Weights], Floats]
 Tables = Mapping[str, ScoreTable]
 RECENTRED = frozenset({"ece", "ece_equal_mass"})
 """Distances, whose intervals are recentred at the value: see `metrics.calibration`."""
-# Of tracks that score one text or choice per study, the metric to compare by: the first that a task has.
-VALUES = ("rougeL", "acc", "mesh_f1", "entity_f1", "entity_span_f1")
 K = 10
 """Of searches: a query finds its counterpart among the first so many, or not."""
 
@@ -195,7 +194,7 @@ def measure_values(tables: Tables, known_metrics: Mapping[str, Any]) -> Measured
     own = {name: table.select(labels).value for name, table in tables.items()}
     known = np.logical_and.reduce([~np.isnan(one) for one in own.values()])
     statistics = {name: weighted_means(np.where(known, one, np.nan)) for name, one in own.items()}
-    primary = next((name for name in VALUES if name in labels), labels[0])
+    primary = next((name for name in PRIMARY if name in labels), labels[0])
     return Measured("values", tuple(labels), (primary,), statistics)
 
 
