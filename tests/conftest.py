@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from medvlm_harness.data.prepare import PrepareReport, prepare_iu_cxr
 from medvlm_harness.data.records import Dataset, Manifest, Study, read_dataset, write_dataset
 from medvlm_harness.data.records import Image as RecordImage
 from medvlm_harness.demo.generate import prepare_demo
+from medvlm_harness.results.run_files import RunFiles, read_run
+from medvlm_harness.results.scores import write_scores
 
 ROOT = Path(__file__).resolve().parents[1]
+RUN_DATE = "2026-01-02T03-04-05.000006"
 REPORT_HEADER = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
 
 
@@ -270,3 +274,31 @@ def trained_projector(tmp_path_factory: pytest.TempPathFactory, projector_of: Ca
     output = tmp_path_factory.mktemp("trained") / "light-or-dark"
     projector_of(output)
     return output
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., RunFiles]:
+    """Write the files of a run of one task `t` and read it back."""
+
+    def run(
+        name: str, rows: list[dict[str, Any]] | None, *, metrics: Mapping[str, Any] | None = None, task: str = "t",
+        model: Mapping[str, Any] | None = None, **details: Any,
+    ) -> RunFiles:  # fmt: skip
+        estimates = {k: {"value": v, "ci95": None, "reason": None} for k, v in (metrics or {}).items()}
+        dataset = {"name": "d", "sha256": "1"}
+        block = {
+            "schema_version": 1,
+            "model": {"card": {"name": "m"}, "precision": name, **(model or {})},
+            "tasks": {task: {"dataset": dataset, "split": "test", "version": 1, "metrics": estimates, **details}},
+            "unsupported": {"v": "m cannot write"},
+        }
+        folder = tmp_path / name
+        folder.mkdir()
+        path = folder / f"results_{RUN_DATE}.json"
+        higher = {task: {"median": False}}
+        path.write_text(json.dumps({"results": {}, "medvlm": block, "higher_is_better": higher}), encoding="utf-8")
+        if rows is not None:
+            write_scores(folder / f"run_{RUN_DATE}" / "scores.parquet", [{"task": task, **row} for row in rows])
+        return read_run(path)
+
+    return run

@@ -9,6 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 from medvlm_harness.cli import (
+    compare,
     convert,
     data,
     finetune,
@@ -40,6 +41,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(label.app)
 app.add_typer(perturb.app)
 app.add_typer(finetune.app)
+app.add_typer(compare.app)
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(tokenizers.app, name="tokenizers")
 app.add_typer(store.app, name="store")

@@ -16,7 +16,7 @@ from medvlm_harness.results.run_cost import EFFICIENCY, cost_of, memory_metric
 from medvlm_harness.results.run_files import RunFiles
 from medvlm_harness.results.score_table import ScoreTable, read_scores
 
-__all__ = ["SCHEMA_VERSION", "compare_runs", "comparison_table", "flips_of"]
+__all__ = ["SCHEMA_VERSION", "comparable_tables", "compare_runs", "comparison_table", "flips_of"]
 
 SCHEMA_VERSION = 1
 # What must be the same of two runs of a task, by its place in the task's details, and what it is called.
@@ -111,20 +111,10 @@ def _task(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    reference, *others = names
-    refused: dict[str, str] = {}
-    tables: dict[str, ScoreTable] = {}
-    try:
-        tables[reference] = _scores(runs[reference], task)
-    except UserError as error:
-        return {"refused": dict.fromkeys(others, f"of the reference, {reference}: {first_line(error)}"), "metrics": {}}
-    for name in others:
-        try:
-            tables[name] = _comparable(task, runs[reference], tables[reference], runs[name], across)
-        except UserError as error:
-            refused[name] = first_line(error)
-    if len(tables) == 1:
+    tables, refused = comparable_tables(task, runs, names, across=across)
+    if len(tables) < 2:
         return {"refused": refused, "metrics": {}}
+    reference = names[0]
     details = {name: runs[name].tasks[task] for name in tables}
     try:
         paired = pair_scores(tables, details, reference=reference, resamples=resamples, seed=seed)
@@ -136,6 +126,32 @@ def _task(
         raise UserError(f"What {files} say of {task} has not the shape that it is written in ({what}).") from error
     higher: Mapping[str, Any] = runs[reference].results.get("higher_is_better", {}).get(task, {})
     return {**_described(paired, details, higher), "refused": refused}
+
+
+def comparable_tables(
+    task: str, runs: Mapping[str, RunFiles], names: Sequence[str], *, across: Collection[str] = ()
+) -> tuple[dict[str, ScoreTable], dict[str, str]]:
+    """The answers of the runs to a task that stand on the same items, and why the others are left out.
+
+    Args:
+        task: of the first run.
+        runs: name -> run.
+        names: of them, the reference first.
+        across: see `compare_runs`.
+    """
+    reference, *others = names
+    refused: dict[str, str] = {}
+    tables: dict[str, ScoreTable] = {}
+    try:
+        tables[reference] = _scores(runs[reference], task)
+    except UserError as error:
+        return {}, dict.fromkeys(others, f"of the reference, {reference}: {first_line(error)}")
+    for name in others:
+        try:
+            tables[name] = _comparable(task, runs[reference], tables[reference], runs[name], across)
+        except UserError as error:
+            refused[name] = first_line(error)
+    return tables, refused
 
 
 def _described(paired: Paired, details: Mapping[str, Mapping[str, Any]], higher: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from medvlm_harness.results.paired_robustness import measure_robustness
 from medvlm_harness.results.score_table import ScoreTable
 from medvlm_harness.tracks.search import KS
 
-__all__ = ["Paired", "pair_scores"]
+__all__ = ["Paired", "first_condition", "own_thresholds", "pair_scores"]
 
 Floats = NDArray[np.float64]
 Tables = Mapping[str, ScoreTable]
@@ -78,9 +78,9 @@ def pair_scores(tables: Tables, details: Details, *, reference: str, resamples: 
         UserError: if the answers are of no kind that is known, or a run lacks some.
     """
     tables = {reference: tables[reference], **tables}
-    labels = _first_condition(tables[reference], details[reference])
+    labels = first_condition(tables[reference], details[reference])
     clean = {name: table.select(labels) for name, table in tables.items()}
-    cuts = {name: _thresholds(labels, details[name]) for name in tables}
+    cuts = {name: own_thresholds(labels, details[name]) for name in tables}
     first = clean[reference]
     if "robustness" in details[reference]:
         measured = measure_robustness(tables, clean, {name: details[name] for name in tables}, cuts)
@@ -243,13 +243,13 @@ class _Pair:
         return {name: found[f"{name}_{OTHER}"] for name in ("rank_correlation", "score_change")}
 
 
-def _first_condition(table: ScoreTable, details: Mapping[str, Any]) -> list[str]:
+def first_condition(table: ScoreTable, details: Mapping[str, Any]) -> list[str]:
     """The labels under the first condition; those under others are called `label@condition`."""
     others = tuple(f"@{one}" for one in details.get("conditions", ())[1:])
     return [label for label in table.labels if not (others and label.endswith(others))]
 
 
-def _thresholds(labels: Sequence[str], details: Mapping[str, Any]) -> Floats:
+def own_thresholds(labels: Sequence[str], details: Mapping[str, Any]) -> Floats:
     """The margin from which on a run calls each label present, fitted on validation; NaN where there is none."""
     fitted = details.get("thresholds", {}).get("labels") or {
         key: one.get("threshold", {}) for key, one in details.get("operating_points", {}).get("youden", {}).items()

@@ -12,7 +12,7 @@ from typing import Any
 
 from medvlm_harness.errors import UserError, first_line
 
-__all__ = ["RunFiles", "find_runs", "read_run"]
+__all__ = ["RunFiles", "find_run", "find_runs", "read_run"]
 
 SCHEMA_VERSIONS = (1,)
 # lm-eval's date, at the end of every file of a run; without a fraction where the second was full.
@@ -51,6 +51,19 @@ class RunFiles:
         """Task -> what our block says of it."""
         tasks: Mapping[str, Any] = self.medvlm["tasks"]
         return tasks
+
+
+def find_run(path: Path) -> RunFiles:
+    """One run by its results file, or the newest one in a folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path.is_file():
+        return read_run(path)
+    if found := find_runs(path):
+        return found[0]
+    raise UserError(f"Expected the results file of a run, or a folder with one, but {path} has none.")
 
 
 def find_runs(folder: Path) -> list[RunFiles]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +53,6 @@ def value_rows(label: str, values: Sequence[float | None], answers: Sequence[str
         {"study": f"s{k:03d}", "label": label, "value": value, "answer": answer}
         for k, (value, answer) in enumerate(zip(values, said, strict=True))
     ]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., RunFiles]:
-    """Write the files of a run of one task `t` and read it back."""
-
-    def run(
-        name: str, rows: list[dict[str, Any]] | None, *, metrics: Mapping[str, Any] | None = None, task: str = "t",
-        model: Mapping[str, Any] | None = None, **details: Any,
-    ) -> RunFiles:  # fmt: skip
-        estimates = {k: {"value": v, "ci95": None, "reason": None} for k, v in (metrics or {}).items()}
-        dataset = {"name": "d", "sha256": "1"}
-        block = {
-            "schema_version": 1,
-            "model": {"card": {"name": "m"}, "precision": name, **(model or {})},
-            "tasks": {task: {"dataset": dataset, "split": "test", "version": 1, "metrics": estimates, **details}},
-            "unsupported": {"v": "m cannot write"},
-        }
-        folder = tmp_path / name
-        folder.mkdir()
-        path = folder / f"results_{DATE}.json"
-        higher = {task: {"median": False}}
-        path.write_text(json.dumps({"results": {}, "medvlm": block, "higher_is_better": higher}), encoding="utf-8")
-        if rows is not None:
-            write_scores(folder / f"run_{DATE}" / "scores.parquet", [{"task": task, **row} for row in rows])
-        return read_run(path)
-
-    return run
 
 
 def compared(first: RunFiles, other: RunFiles, **options: Any) -> Any:
