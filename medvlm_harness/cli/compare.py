@@ -22,13 +22,13 @@ def compare(
     run: Annotated[Path, typer.Argument(metavar="B", help="The run that is judged, likewise.")],
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="task:metric to test beside the primary ones, instead of all; repeatable."),
+        typer.Option(help="task:metric to test, instead of all of all tasks; repeatable."),
     ] = None,
     margin: Annotated[
         float | None, typer.Option(help="Loss of a primary metric that does not matter: is B not worse by more?")
     ] = None,
     fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="Exit status 1 if B is worse in a primary metric.")
+        bool, typer.Option("--fail-if-worse", help="Exit status 1 if B is worse in a primary metric (of those tested).")
     ] = False,
     across: Annotated[
         list[str] | None,
@@ -66,7 +66,15 @@ def compare(
         else:
             write_whole(output, table if output.suffix == ".md" else plot_data(significance_rows(block)))
         typer.echo(f"wrote {output}")
-    worse = [f"{row['task']}:{row['metric']}" for row in block["tests"] if row["primary"] and row["verdict"] == "worse"]
+    primary = [row for row in block["tests"] if row["primary"]]
+    if fail_if_worse and not primary:
+        raise UserError("Expected a primary metric among --metric, since --fail-if-worse asks for those only.")
+    worse, undecided = (
+        [f"{row['task']}:{row['metric']}" for row in primary if row["verdict"] == said]
+        for said in ("worse", "undecided")
+    )
+    if fail_if_worse and undecided:
+        typer.echo(f"Undecided: {', '.join(undecided)}", err=True)
     if fail_if_worse and worse:
         typer.echo(f"B is worse: {', '.join(worse)}", err=True)
         raise typer.Exit(1)

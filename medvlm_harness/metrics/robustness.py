@@ -275,7 +275,9 @@ class _Measured:
     def _why_not_retained(self, clean: Estimate) -> str | None:
         if clean.ci95[0] > self.measure.least_clean or np.isnan(clean.value):
             return None
-        return f"{self.measure.name}_clean's lower bound {clean.ci95[0]:.3f} is not above {self.measure.least_clean}"
+        return (
+            f"{self.measure.name}_clean's lower bound {clean.ci95[0]:.3f} is not above {self.measure.least_clean:.3f}"
+        )
 
     def _undefined_under(self, members: Sequence[str]) -> str | None:
         undefined = [one for one in (CLEAN, *members) if np.isnan(self.levels[one][0])]

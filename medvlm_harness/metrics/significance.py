@@ -9,7 +9,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtr, ndtr, ndtri
 
-__all__ = ["Verdict", "detectable_difference", "holm", "mcnemar", "normal_p", "verdict"]
+from medvlm_harness.metrics.bootstrap import Z_975
+
+__all__ = [
+    "LEVEL",
+    "Verdict",
+    "detectable_difference",
+    "direction",
+    "holm",
+    "interval_p",
+    "mcnemar",
+    "non_inferiority",
+    "normal_p",
+]
+
+LEVEL = 0.05
 
 Verdict = Literal["better", "no difference shown", "worse", "not worse", "undecided"]
 
@@ -57,6 +71,17 @@ def normal_p(difference: float, stderr: float) -> float:
     return float(2 * ndtr(-abs(difference) / stderr)) if stderr > 0 else float("nan")
 
 
+def interval_p(low: float, high: float) -> float:
+    """Two-sided p of a difference by its 95% interval: below 0.05 just where the interval does not hold 0.
+
+    That of a normal distribution with this interval. 1 where both ends are 0; NaN where the interval is unknown, or has
+    no width elsewhere than at 0: resamples that all agree say nothing of how certain the difference is.
+
+    Source: Altman and Bland 2011, BMJ 343:d2304.
+    """
+    return normal_p((low + high) / 2, (high - low) / (2 * Z_975))
+
+
 def holm(p: Sequence[float]) -> NDArray[np.float64]:
     """Adjusted p of several tests, by which the chance of any false one stays below the level; NaN stays NaN.
 
@@ -86,14 +111,27 @@ def detectable_difference(stderr: float, *, power: float = 0.8, level: float = 0
     return float(stderr * (ndtri(1 - level / 2) + ndtri(power)))
 
 
-def verdict(low: float, high: float, *, margin: float | None = None, lower_is_better: bool = False) -> Verdict:
-    """What the 95% interval of a difference says of the run against the reference.
-
-    Without a margin, whether it is better or worse. With one, whether more than the margin is lost: `not worse` if the
-    whole interval lies above -margin, `worse` if it lies below, else `undecided`.
+def direction(difference: float, p: float, *, level: float = LEVEL, lower_is_better: bool = False) -> Verdict:
+    """Whether a test shows the run to be better or worse than the reference.
 
     Args:
-        low: of the run less the reference; NaN where unknown.
+        difference: the run less the reference.
+        p: of the test, two-sided; NaN where there is none, which leaves it undecided.
+        level: below which p counts.
+        lower_is_better: turns the scale.
+    """
+    if np.isnan(difference) or np.isnan(p):
+        return "undecided"
+    if p >= level or difference == 0:
+        return "no difference shown"
+    return "better" if (difference > 0) != lower_is_better else "worse"
+
+
+def non_inferiority(low: float, high: float, margin: float, *, lower_is_better: bool = False) -> Verdict:
+    """Whether the run loses more than a margin: `not worse` if the whole interval lies above -margin, `worse` if below.
+
+    Args:
+        low: of the 95% interval of the run less the reference; NaN where unknown, which leaves it undecided.
         high: likewise.
         margin: the loss that does not matter, above 0.
         lower_is_better: turns the scale.
@@ -101,14 +139,10 @@ def verdict(low: float, high: float, *, margin: float | None = None, lower_is_be
     Raises:
         ValueError: if the margin is not above 0.
 
-    Source: the confidence-interval approach to non-inferiority, CONSORT extension, Piaggio et al. 2012, JAMA 308(24).
+    Source: the confidence-interval approach, CONSORT extension, Piaggio et al. 2012, JAMA 308(24).
     """
-    if margin is not None and not margin > 0:
+    if not margin > 0:
         raise ValueError(f"Expected a margin above 0, but got {margin}.")
     if lower_is_better:
         low, high = -high, -low
-    if np.isnan(low) or np.isnan(high):
-        return "undecided"
-    if margin is not None:
-        return "not worse" if low > -margin else "worse" if high < -margin else "undecided"
-    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+    return "not worse" if low > -margin else "worse" if high < -margin else "undecided"

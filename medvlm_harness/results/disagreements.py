@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from medvlm_harness.metrics.consistency import UNKNOWN, decide
 from medvlm_harness.results.paired_measures import K
 from medvlm_harness.results.paired_scores import first_condition, own_thresholds
+from medvlm_harness.results.primary import score_of
 from medvlm_harness.results.score_table import ScoreTable
 
 __all__ = ["disagreements"]
@@ -31,7 +32,7 @@ def disagreements(
     Texts and choices: another score.
 
     Args:
-        kind: see `paired_measures.Measured`; of robustness, the answers under the first condition.
+        kind: see `paired_measures.Measured`; of several conditions, the answers under the first.
         measure: the primary metric, for tasks that score texts.
         tables: of the reference and of the run, on the same documents and labels.
         details: what their results files say of the task.
@@ -50,7 +51,7 @@ def disagreements(
     elif not np.isnan(first.margin).all():
         found = _decisions(first, other, (own_thresholds(labels, details[0]), own_thresholds(labels, details[1])))
     else:
-        found = _values(first, other, measure.removesuffix("_retention"))
+        found = _values(first, other, score_of(measure))
     return sorted(found, key=lambda row: (-row["distance"], row["study"], row["image"], row["label"]))
 
 

@@ -53,7 +53,7 @@ class Measured:
     """What a task's answers are measured by.
 
     Attributes:
-        kind: labels, options, search, values or robustness.
+        kind: labels, options, search, values, robustness or image_use.
         metrics: names, in the order of the statistics' columns.
         primary: those that a table shows.
         statistics: run -> weights (b, n) to values (b, metrics); NaN where undefined.

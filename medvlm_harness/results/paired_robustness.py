@@ -17,7 +17,7 @@ from medvlm_harness.results.paired_measures import Measured, Statistic, scored_l
 from medvlm_harness.results.score_table import ScoreTable
 from medvlm_harness.tracks.zero_shot_metrics import enough_support, macro_auroc
 
-__all__ = ["measure_robustness"]
+__all__ = ["auroc_under", "measure_robustness"]
 
 Floats = NDArray[np.float64]
 Tables = Mapping[str, ScoreTable]
@@ -58,7 +58,7 @@ def measure_robustness(
             used = [j for j in labels if enough_support(first.target)[j]]
             extra["labels"] = [first.labels[j] for j in used]
             margins = {run: [one.margin[:, used] for one in of] for run, of in under.items()}
-            found.append((measure, {run: _auroc(first.target[:, used], of) for run, of in margins.items()}))
+            found.append((measure, {run: auroc_under(first.target[:, used], of) for run, of in margins.items()}))
         elif column in first.labels and not np.isnan(first.value).all():
             at = first.labels.index(column)
             columns = {run: np.column_stack([one.value[:, at] for one in of]) for run, of in under.items()}
@@ -102,7 +102,7 @@ def _floor(details: Mapping[str, Any], measure: str) -> float:
     return float("nan") if floor is None else float(floor)
 
 
-def _auroc(truth: Floats, margins: Sequence[Floats]) -> Statistic:
+def auroc_under(truth: Floats, margins: Sequence[Floats]) -> Statistic:
     """Macro AUROC under each condition: weights (b, n) to values (b, conditions)."""
     every = [list(range(truth.shape[1]))]
     areas = [macro_auroc(truth, margin, every) for margin in margins]

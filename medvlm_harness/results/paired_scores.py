@@ -21,6 +21,7 @@ from medvlm_harness.metrics.bootstrap import Weights, resample, sampled_estimate
 from medvlm_harness.metrics.consistency import consistency_estimates, decide, score_change_estimates
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.robustness import CLEAN
+from medvlm_harness.results.paired_image_use import measure_image_use
 from medvlm_harness.results.paired_measures import (
     RECENTRED,
     K,
@@ -32,7 +33,9 @@ from medvlm_harness.results.paired_measures import (
     scored_labels,
 )
 from medvlm_harness.results.paired_robustness import measure_robustness
+from medvlm_harness.results.primary import score_of
 from medvlm_harness.results.score_table import ScoreTable
+from medvlm_harness.tracks.image_use import TRUE
 from medvlm_harness.tracks.search import KS
 
 __all__ = ["Paired", "first_condition", "own_thresholds", "pair_scores"]
@@ -84,6 +87,8 @@ def pair_scores(tables: Tables, details: Details, *, reference: str, resamples: 
     first = clean[reference]
     if "robustness" in details[reference]:
         measured = measure_robustness(tables, clean, {name: details[name] for name in tables}, cuts)
+    elif details[reference].get("conditions", ("",))[0] == TRUE:
+        measured = measure_image_use(tables, clean, details[reference])
     elif not np.isnan(first.margin).all():
         multiclass = "balanced_accuracy" in details[reference]["metrics"]
         measured = measure_options(clean) if multiclass else measure_labels(clean)
@@ -173,7 +178,7 @@ class _Pair:
             return {"flip_rate": self._changed(first, other, by="the most probable option"), **self._order("margin")}
         if not np.isnan(self.first.margin).all():
             return {**self._decisions(), **self._order("margin")}
-        if (measure := self.measured.primary[0].removesuffix("_clean")).endswith(f"_recall@{K}"):
+        if (measure := score_of(self.measured.primary[0])).endswith(f"_recall@{K}"):
             found, now = (one.value >= 0.5 for one in (self.first, self.other))
             return {"flip_rate": self._flips(found, now, self.first.labels, by=f"found among the first {K}")}
         label = measure if measure in self.first.labels else self.first.labels[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["PRIMARY", "primary_metric"]
+__all__ = ["PRIMARY", "primary_metric", "score_of"]
 
 PRIMARY = (
     "balanced_accuracy",  # exclusive options, such as the view
@@ -35,3 +35,14 @@ def primary_metric(details: Mapping[str, Any]) -> str | None:
     """
     names = (f"{metric}{suffix}" for metric in PRIMARY for suffix in DERIVED)
     return next((name for name in names if name in details["metrics"]), None)
+
+
+def score_of(metric: str) -> str:
+    """What a task scores each answer by, of which the metric is made.
+
+    >>> score_of("rougeL_true_minus_other")
+    'rougeL'
+    """
+    for suffix in ("_clean", *DERIVED):
+        metric = metric.removesuffix(suffix)
+    return metric

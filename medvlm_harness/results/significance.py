@@ -7,6 +7,7 @@ paired difference. All other metrics are looked at as well, with p adjusted by H
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,15 @@ from medvlm_harness.metrics.bootstrap import Z_975
 from medvlm_harness.metrics.delong import compare_aurocs
 from medvlm_harness.metrics.estimate import plain
 from medvlm_harness.metrics.ranking import auroc
-from medvlm_harness.metrics.significance import detectable_difference, holm, mcnemar, normal_p, verdict
+from medvlm_harness.metrics.significance import (
+    Verdict,
+    detectable_difference,
+    direction,
+    holm,
+    interval_p,
+    mcnemar,
+    non_inferiority,
+)
 from medvlm_harness.model_backends.image_preparation import find_preparation
 from medvlm_harness.results.comparison import comparable_tables, compare_runs
 from medvlm_harness.results.disagreements import disagreements
@@ -27,15 +36,16 @@ from medvlm_harness.results.run_files import RunFiles
 from medvlm_harness.results.score_table import ScoreTable
 from medvlm_harness.tracks.zero_shot_metrics import enough_support
 
-__all__ = ["ACROSS", "LEVEL", "SCHEMA_VERSION", "assess"]
+__all__ = ["ACROSS", "SCHEMA_VERSION", "assess", "tasks_by_reason"]
 
 SCHEMA_VERSION = 1
 REFERENCE, RUN = "A", "B"
 PREPROCESSING = "preprocessing"
+_SIZE = re.compile(r"(?<!patch_)(?:size|height|width|edge)\W*?(\d+)")
 ACROSS = (PREPROCESSING, "perturbation")
 """What may be allowed to differ between runs: the resolution of the pictures, and what perturbs the inputs."""
-LEVEL = 0.05
 RIGHT_OR_WRONG = ("acc", "acc_norm")
+NO_VARIANCE = "the sample shows no variance"
 
 
 def assess(
@@ -53,7 +63,7 @@ def assess(
     Args:
         reference: what the other is compared with.
         run: the other.
-        metrics: `task:metric`, those beside the primary ones that are tested; all if empty.
+        metrics: `task:metric`, what is tested, the primary ones among them as such; all if empty.
         margin: of a primary metric, the loss that does not matter; None to ask for any difference.
         across: of `ACROSS`, what may differ all the same.
         resamples: number of resamples.
@@ -71,8 +81,8 @@ def assess(
     refused = {task: found["refused"][RUN] for task, found in block["tasks"].items() if RUN in found["refused"]}
     compared = {task: found for task, found in block["tasks"].items() if found["metrics"]}
     if not compared:
-        reasons = "; ".join(f"{task}: {why}" for task, why in refused.items()) or "the reference has no task of ours"
-        raise UserError(f"These runs cannot be compared. {reasons}")
+        reasons = "; ".join(f"{', '.join(tasks)}: {why}" for why, tasks in tasks_by_reason(refused).items())
+        raise UserError(f"These runs cannot be compared. {reasons or 'The reference has no task of ours.'}")
     tests, differing = [], {}
     for task, found in compared.items():
         pair, _ = comparable_tables(task, runs, (REFERENCE, RUN), across=across)
@@ -81,8 +91,10 @@ def assess(
         tests += [{"task": task, **row} for row in _tests(found, primary, tables, margin)]
         details = reference.tasks[task], run.tasks[task]
         differing[task] = disagreements(found["kind"], primary, tables, details)
-    _refuse_unknown(metrics, tests)
-    tests = [row for row in tests if row["primary"] or not metrics or f"{row['task']}:{row['metric']}" in metrics]
+    if metrics:
+        _refuse_unknown(metrics, tests, refused)
+        tests = [row for row in tests if _name(row) in metrics]
+        differing = {row["task"]: differing[row["task"]] for row in tests}
     _adjust(tests)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -98,13 +110,28 @@ def assess(
 
 
 def _refuse_other_resolution(runs: Mapping[str, RunFiles], across: Collection[str]) -> None:
+    if PREPROCESSING in across:
+        return
     asked = {name: run.medvlm["model"].get("preprocessing") for name, run in runs.items()}
-    pixels = {name: find_preparation(one).pixels for name, one in asked.items()}
-    if pixels[REFERENCE] != pixels[RUN] and PREPROCESSING not in across:
-        raise UserError(
-            f"These runs were shown pictures of different resolution: preprocessing={asked[REFERENCE]} and "
-            f"preprocessing={asked[RUN]}. If that is what you compare, say --across {PREPROCESSING}."
-        )
+    shown = {name: find_preparation(one).pixels for name, one in asked.items()}
+    if shown[REFERENCE] != shown[RUN]:
+        what = " and ".join(f"preprocessing={one}" for one in asked.values())
+    else:
+        own = {name: _own_resolution(run) for name, run in runs.items()}
+        if not all(own.values()) or own[REFERENCE] == own[RUN]:
+            return
+        what = " and ".join(f"{'x'.join(map(str, sorted(one)))} pixels" for one in own.values())
+    raise UserError(
+        f"These runs were shown pictures of different resolution: {what}. If that is part of what you compare, say "
+        f"--across {PREPROCESSING}."
+    )
+
+
+def _own_resolution(run: RunFiles) -> set[int]:
+    """The sizes that the model's own transform names, as its library prints it; empty where it names none."""
+    card = run.medvlm["model"].get("card")
+    transform = card.get("preprocessing") if isinstance(card, Mapping) else None
+    return set(map(int, _SIZE.findall(str(transform or ""))))
 
 
 def _tests(
@@ -115,7 +142,7 @@ def _tests(
         stderr = math.nan if difference["stderr"] is None else difference["stderr"]
         value = math.nan if difference["value"] is None else difference["value"]
         low, high = difference["ci95"] or (math.nan, math.nan)
-        test, p = "bootstrap", normal_p(value, stderr)
+        test, p = "bootstrap", interval_p(low, high)
         exact = _mcnemar(found["kind"], metric, tables)
         if exact is not None:
             test, p = "McNemar", exact
@@ -126,17 +153,24 @@ def _tests(
             "lower_is_better": lower,
             "reference": its["runs"][REFERENCE]["value"],
             "run": its["runs"][RUN]["value"],
+            "reported": {name: its["runs"][name]["reported"] for name in (REFERENCE, RUN)},
             "difference": value,
             "ci95": [low, high],
             "stderr": stderr,
             "test": test,
             "p": p,
             "detectable": detectable_difference(stderr),
-            "verdict": verdict(low, high, margin=margin if is_primary else None, lower_is_better=lower),
-            "reason": difference["reason"],
+            "verdict": _verdict(value, p, (low, high), margin if is_primary else None, lower),
+            "reason": difference["reason"] or (NO_VARIANCE if value == value and p != p else None),
         }
     if found["kind"] == "labels":
         yield from _labels(*tables)
+
+
+def _verdict(value: float, p: float, ci95: tuple[float, float], margin: float | None, lower: bool) -> Verdict:
+    if margin is None or math.isnan(p):  # an interval without variance would claim certainty
+        return direction(value, p, lower_is_better=lower)
+    return non_inferiority(*ci95, margin, lower_is_better=lower)
 
 
 def _mcnemar(kind: str, metric: str, tables: tuple[ScoreTable, ScoreTable]) -> float | None:
@@ -176,24 +210,37 @@ def _labels(first: ScoreTable, other: ScoreTable) -> Iterator[dict[str, Any]]:
             "test": "DeLong",
             "p": p,
             "detectable": detectable_difference(stderr),
-            "verdict": verdict(low, high),
-            "reason": None if p == p else "the sample shows no variance",
+            "verdict": direction(difference, p),
+            "reason": None if p == p else NO_VARIANCE,
         }
 
 
 def _adjust(tests: list[dict[str, Any]]) -> None:
-    """Holm over all that are not primary; only what is left below 5% counts as better or worse."""
+    """Holm over all that are not primary, which are judged by what is left of them."""
     others = [row for row in tests if not row["primary"]]
     for row, adjusted in zip(others, holm([row["p"] for row in others]).tolist(), strict=True):
         row["p_adjusted"] = adjusted
-        if not adjusted < LEVEL and row["verdict"] != "undecided":
-            row["verdict"] = "no difference shown"
+        row["verdict"] = direction(row["difference"], adjusted, lower_is_better=row["lower_is_better"])
     for row in tests:
         row.setdefault("p_adjusted", None)
 
 
-def _refuse_unknown(metrics: Sequence[str], tests: Sequence[Mapping[str, Any]]) -> None:
-    known = {f"{row['task']}:{row['metric']}" for row in tests}
+def tasks_by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
+    """Why tasks were not compared, each reason once."""
+    found: dict[str, list[str]] = {}
+    for task, why in refused.items():
+        found.setdefault(why, []).append(task)
+    return found
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['task']}:{row['metric']}"
+
+
+def _refuse_unknown(metrics: Sequence[str], tests: Sequence[Mapping[str, Any]], refused: Mapping[str, str]) -> None:
+    known = set(map(_name, tests))
     for one in metrics:
+        if (why := refused.get(one.partition(":")[0])) is not None:
+            raise UserError(f"{one} cannot be compared: {why}")
         if one not in known:
             raise UserError(f"No task that is compared has {one!r}; expected task:metric.{near_matches(one, known)}")

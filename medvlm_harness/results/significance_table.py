@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medvlm_harness.metrics.significance import LEVEL
 from medvlm_harness.results.markdown import Notes, markdown_table
-from medvlm_harness.results.significance import LEVEL
+from medvlm_harness.results.significance import tasks_by_reason
 
 __all__ = ["significance_rows", "significance_table"]
 
@@ -29,10 +30,11 @@ def significance_table(block: Mapping[str, Any]) -> str:
     lines = [f"{name}: {_run(run)}" for name, run in block["runs"].items()]
     if block["differs"]:
         lines.append(f"They differ in {', '.join(block['differs'])}.")
-    judged = "any difference" if block["margin"] is None else f"a loss of more than {block['margin']:g}"
+    margin = block["margin"]
+    judged = "tested at 5%" if margin is None else f"judged by its 95% interval for a loss of more than {margin:g}"
     lines += [
         "",
-        f"Primary metrics, one a task, each judged by its 95% interval for {judged}; {block['resamples']} resamples of "
+        f"Primary metrics, one a task, each {judged}; {block['resamples']} resamples of "
         "studies, the same for both. Detectable: the true difference that these studies show in four of five cases.",
         "",
         *markdown_table([_HEAD, *(_row(row, notes, adjusted=False) for row in primary)]),
@@ -43,7 +45,11 @@ def significance_table(block: Mapping[str, Any]) -> str:
         lines += ["", *markdown_table([_HEAD, *(_row(row, notes, adjusted=True) for row in found)])]
     lines += [*_costs(block["runs"], notes), *_disagreements(block["disagreements"])]
     if block["refused"]:
-        lines += ["", "Not compared:", *(f"- {task}: {why}" for task, why in block["refused"].items())]
+        lines += [
+            "",
+            "Not compared:",
+            *(f"- {', '.join(tasks)}: {why}" for why, tasks in tasks_by_reason(block["refused"]).items()),
+        ]
     return "\n".join([*lines, *notes.lines()]) + "\n"
 
 
@@ -61,6 +67,8 @@ def _row(row: Mapping[str, Any], notes: Notes, *, adjusted: bool) -> tuple[str, 
     if row["difference"] is None:
         return (row["task"], name, _number(row["reference"]), _number(row["run"]), notes(row["reason"]), *[""] * 3, "")
     low, high = row["ci95"]
+    if own := [f"{run} itself reported {one:.4f}" for run, one in row.get("reported", {}).items() if one is not None]:
+        name += " " + notes.mark(f"{row['metric']}: {', '.join(own)} (over seeds, or counted over all items)")
     interval = "unknown" if low is None else f"{low:+.4f}, {high:+.4f}"
     return (
         row["task"],
@@ -100,7 +108,7 @@ def _disagreements(block: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str
     for task, found in block.items():
         right = Counter(row["right"] for row in found)
         counts = [str(count) for count in (len(found), right["reference"], right["run"])]
-        rows.append((task, *counts, "; ".join(map(_named, found[:SHOWN]))))
+        rows.append((task, *counts, "; ".join(list(dict.fromkeys(map(_named, found)))[:SHOWN])))
     return ["", "Where they disagree:", "", *markdown_table(rows)]
 
 
@@ -118,5 +126,7 @@ def significance_rows(block: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for row in block["tests"]:
         low, high = row["ci95"]
-        rows.append({**{key: value for key, value in row.items() if key != "ci95"}, "low": low, "high": high})
+        rows.append(
+            {**{key: value for key, value in row.items() if key not in ("ci95", "reported")}, "low": low, "high": high}
+        )
     return rows

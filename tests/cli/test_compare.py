@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from medvlm_harness.cli import app
+from medvlm_harness.cli import app, main
 from medvlm_harness.errors import UserError
 from medvlm_harness.results.run_files import RunFiles
 
@@ -89,3 +89,29 @@ def test_a_run_is_not_compared_with_itself(runs: tuple[Path, Path], tmp_path: Pa
     assert "has none" in str(compare(runs[0], tmp_path / "nothing").exception) or "is none" in str(
         compare(runs[0], tmp_path / "nothing").exception
     )
+
+
+def test_a_broken_file_or_a_run_without_scores_is_refused(
+    runs: tuple[Path, Path], make: Callable[..., RunFiles]
+) -> None:
+    good, poor = runs
+    bare = compare(good, make("bare", None).path).exception
+    assert isinstance(bare, UserError) and "no scores.parquet" in str(bare)
+    poor.write_text(poor.read_text()[:-20])
+    broken = compare(good, poor).exception
+    assert isinstance(broken, UserError) and "cannot be read" in str(broken)
+
+
+def test_what_is_refused_ends_with_status_2(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["medvlm", "compare", str(runs[0]), str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "nothing" in capsys.readouterr().err
+
+
+def test_a_gate_on_named_metrics_looks_at_no_others(runs: tuple[Path, Path]) -> None:
+    assert compare(*runs, "--fail-if-worse", "--metric", "t:auroc").exit_code == 1
+    without = compare(*runs, "--fail-if-worse", "--metric", "t:auroc_edema").exception
+    assert isinstance(without, UserError) and "primary metric among --metric" in str(without)

@@ -153,7 +153,7 @@ def test_a_constant_model_loses_nothing_and_retains_nothing() -> None:
     assert found["auroc_corruption_error"].value == found["auroc_corruption_error"].floor == 0.5
     for name in ("retention", "retention_blur", "retention_blur_1"):
         assert np.isnan(found[f"auroc_{name}"].value)
-        assert found[f"auroc_{name}"].reason == "auroc_clean's lower bound 0.500 is not above 0.55"
+        assert found[f"auroc_{name}"].reason == "auroc_clean's lower bound 0.500 is not above 0.550"
 
 
 def test_a_model_of_noise_has_no_retention_and_no_drop_beyond_its_interval() -> None:
@@ -162,7 +162,7 @@ def test_a_model_of_noise_has_no_retention_and_no_drop_beyond_its_interval() -> 
     found = robustness_estimates(rankings(y, scores), STUDIES, [AUROC], SUITE, resamples=300)
     low, high = found["auroc_drop"].ci95
     assert low < 0 < high
-    assert np.isnan(found["auroc_retention"].value) and "is not above 0.55" in (found["auroc_retention"].reason or "")
+    assert np.isnan(found["auroc_retention"].value) and "is not above 0.550" in (found["auroc_retention"].reason or "")
 
 
 def test_retention_needs_the_clean_bound_above_and_not_at_the_least() -> None:

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, norm
 
-from medvlm_harness.metrics.significance import detectable_difference, holm, mcnemar, normal_p, verdict
+from medvlm_harness.metrics.significance import (
+    detectable_difference,
+    direction,
+    holm,
+    interval_p,
+    mcnemar,
+    non_inferiority,
+    normal_p,
+)
 
 RNG = np.random.default_rng(3)
 
@@ -63,24 +71,48 @@ def test_p_without_a_standard_error() -> None:
     assert normal_p(0.0, 0.0) == 1 and np.isnan(normal_p(0.1, 0.0)) and np.isnan(normal_p(0.1, float("nan")))
 
 
+def test_p_of_an_interval_is_below_5_percent_just_where_it_does_not_hold_zero() -> None:
+    assert interval_p(0.1 - 1.959964, 0.1 + 1.959964) == pytest.approx(2 * norm.sf(0.1))
+    for low, high in RNG.normal(0, 1, (500, 2)):
+        low, high = sorted((low, high))
+        assert (interval_p(low, high) < 0.05) == (low > 0 or high < 0)
+    assert interval_p(0.0, 0.0) == 1
+    assert np.isnan(interval_p(0.1, 0.1)) and np.isnan(interval_p(float("nan"), 1.0))
+
+
 @pytest.mark.parametrize(
-    ("interval", "plain", "within"),
+    ("difference", "p", "said"),
     [
-        ((0.01, 0.03), "better", "not worse"),
-        ((-0.015, -0.005), "worse", "not worse"),  # it is worse, by less than matters
-        ((-0.03, 0.01), "no difference shown", "undecided"),
-        ((-0.08, -0.03), "worse", "worse"),
-        ((-0.08, -0.01), "worse", "undecided"),
-        ((float("nan"), 0.1), "undecided", "undecided"),
+        (0.02, 0.01, "better"),
+        (-0.02, 0.01, "worse"),
+        (-0.02, 0.05, "no difference shown"),
+        (0.0, 1.0, "no difference shown"),
+        (0.02, float("nan"), "undecided"),
+        (float("nan"), 0.01, "undecided"),
     ],
 )
-def test_verdicts(interval: tuple[float, float], plain: str, within: str) -> None:
-    low, high = interval
-    assert verdict(low, high) == plain and verdict(low, high, margin=0.02) == within
-    assert verdict(-high, -low, lower_is_better=True) == plain
-    assert verdict(-high, -low, margin=0.02, lower_is_better=True) == within
+def test_direction(difference: float, p: float, said: str) -> None:
+    assert direction(difference, p) == said
+    assert direction(-difference, p, lower_is_better=True) == said
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.01, 0.03, "not worse"),
+        (-0.015, -0.005, "not worse"),  # it is worse, by less than matters
+        (-0.03, 0.01, "undecided"),
+        (-0.08, -0.03, "worse"),
+        (-0.08, -0.01, "undecided"),
+        (-0.02, 0.01, "undecided"),  # the margin itself is lost
+        (float("nan"), float("nan"), "undecided"),
+    ],
+)
+def test_non_inferiority(low: float, high: float, said: str) -> None:
+    assert non_inferiority(low, high, 0.02) == said
+    assert non_inferiority(-high, -low, 0.02, lower_is_better=True) == said
 
 
 def test_a_margin_is_above_zero() -> None:
     with pytest.raises(ValueError, match="above 0"):
-        verdict(0, 1, margin=0)
+        non_inferiority(0, 1, 0)

@@ -91,8 +91,8 @@ def test_choices_are_tested_by_mcnemar_where_they_are_right_or_wrong(make: Make)
 
 def test_only_the_metrics_that_are_asked_for_are_corrected_for(make: Make) -> None:
     runs = make("one", labelled(GOOD)), make("two", labelled(POOR))
-    block = assess(*runs, metrics=["t:auroc_edema"], resamples=100)
-    assert [row["metric"] for row in block["tests"]] == ["auroc", "auroc_edema"]
+    block = assess(*runs, metrics=["t:auroc_edema", "t:auroc"], resamples=100)
+    assert [(row["metric"], row["primary"]) for row in block["tests"]] == [("auroc", True), ("auroc_edema", False)]
     assert block["tests"][1]["p_adjusted"] == block["tests"][1]["p"]
     with pytest.raises(UserError, match=r"'t:auroc_edma'.*Did you mean t:auroc_edema"):
         assess(*runs, metrics=["t:auroc_edma"], resamples=100)
@@ -135,3 +135,91 @@ def test_tables_name_the_verdict_and_the_studies(make: Make) -> None:
     assert row.split("|")[2].strip() == "auroc" and row.split("|")[-2].strip() == "worse"
     rows = significance_rows(block)
     assert len(rows) == len(block["tests"]) and {"low", "high"} <= rows[0].keys()
+
+
+def test_models_of_another_input_size_are_refused_unless_that_is_compared(make: Make) -> None:
+    cards = [
+        {"name": "a", "preprocessing": "PreprocessCfg(size=(128, 128), mean=[0.48], fill_color=0)"},
+        {"name": "b", "preprocessing": '{ "crop_size": { "height": 224, "width": 224 }, "resample": 3 }'},
+        {"name": "c", "preprocessing": "resized to (128, 128)"},
+    ]
+    first, second, unknown = (
+        make(name, labelled(GOOD), model={"card": card}) for name, card in zip("xyz", cards, strict=True)
+    )
+    with pytest.raises(UserError, match=r"128 pixels and 224 pixels.*--across preprocessing"):
+        assess(first, second)
+    assert assess(first, second, across=["preprocessing"], resamples=100)["tests"]
+    assert assess(first, unknown, resamples=100)["tests"]  # its library does not say
+
+
+def test_p_and_interval_agree(make: Make) -> None:
+    for k in range(5):
+        run = make(f"run{k}", labelled(GOOD - 0.1 * k * TRUTH + 0.3 * RNG.standard_normal(GOOD.shape)))
+        for row in assess(make(f"one{k}", labelled(GOOD)), run, resamples=100)["tests"]:
+            if row["p"] is not None:
+                low, high = row["ci95"]
+                assert (row["p"] < 0.05) == (low > 0 or high < 0)
+
+
+def test_labels_of_one_class_are_undefined_with_the_reason(make: Make) -> None:
+    rows = [{**row, "target": 1} for row in labelled(GOOD)]
+    found = by_metric(assess(make("one", rows), make("two", [{**row, "margin": 0.0} for row in rows]), resamples=100))
+    assert found["auroc"]["difference"] is None and "enough positives" in found["auroc"]["reason"]
+    assert found["auroc"]["verdict"] == "undecided" and not any(name.startswith("auroc_") for name in found)
+
+
+def test_one_study_shows_no_difference_however_far_apart(make: Make) -> None:
+    runs = [
+        make(name, [{"study": "s", "label": "rougeL", "value": value}], metrics={"rougeL": value})
+        for name, value in (("one", 1.0), ("two", 0.0))
+    ]
+    for margin in (None, 0.02):
+        row = by_metric(assess(*runs, margin=margin, resamples=100))["rougeL"]
+        assert row["difference"] == -1 and row["p"] is None and row["verdict"] == "undecided"
+        assert row["reason"] == "the sample shows no variance"
+
+
+def test_scores_that_are_not_numbers_are_refused_by_name(make: Make) -> None:
+    rows = labelled(GOOD)
+    rows[0]["margin"] = float("nan")
+    with pytest.raises(UserError, match="lacks scores of Edema on some documents"):
+        assess(make("one", labelled(GOOD)), make("two", rows))
+
+
+def test_the_use_of_the_image_is_compared_by_what_the_image_adds(make: Make) -> None:
+    def under(*scores: Any) -> list[dict[str, Any]]:
+        return [
+            {**row, "label": row["label"] + suffix}
+            for suffix, score in zip(("", "@other"), scores, strict=True)
+            for row in labelled(score)
+        ]
+
+    details = {"conditions": ["true", "other"]}
+    looks = make("one", under(GOOD, NOISE), metrics={"auroc_true_minus_other": 0.4}, **details)
+    guesses = make("two", under(GOOD, GOOD), metrics={"auroc_true_minus_other": 0.0}, **details)
+    block = assess(looks, guesses, resamples=100)
+    found = by_metric(block)
+    assert list(found) == ["auroc_true", "auroc_other", "auroc_true_minus_other"]
+    added = np.mean([roc_auc_score(TRUTH[:, j], GOOD[:, j]) - roc_auc_score(TRUTH[:, j], NOISE[:, j]) for j in (0, 1)])
+    primary = found["auroc_true_minus_other"]
+    assert primary["primary"] and primary["difference"] == pytest.approx(-added) and primary["verdict"] == "worse"
+    assert found["auroc_true"]["difference"] == 0 and block["disagreements"]["t"] == []
+
+
+def test_a_task_that_is_asked_for_and_refused_says_why(make: Make) -> None:
+    good, poor = make("one", labelled(GOOD)), make("two", labelled(POOR), split="validation")
+    with pytest.raises(UserError, match="other split: validation"):
+        assess(good, poor, metrics=["t:auroc"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_file_with_a_number_that_is_none_is_refused_by_its_place(make: Make, value: float) -> None:
+    with pytest.raises(UserError, match=r"metrics\.auroc\.value: expected a finite number, but got (nan|inf)"):
+        make("one", labelled(GOOD), metrics={"auroc": value})
+
+
+def test_what_a_file_reports_otherwise_is_told(make: Make) -> None:
+    runs = make("one", labelled(GOOD), metrics={"auroc": None}), make("two", labelled(POOR), metrics={"auroc": 0.5})
+    block = assess(*runs, resamples=100)
+    assert by_metric(block)["auroc"]["reported"] == {"A": None, "B": 0.5}
+    assert "auroc: B itself reported 0.5000" in significance_table(block)
