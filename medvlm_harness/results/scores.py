@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from lm_eval.utils import handle_non_serializable, sanitize_model_name
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.files import replacing
+from medvlm_harness.results.manifest import record_files
 
-__all__ = ["SCHEMA", "name_folder", "results_file", "write_beside_results", "write_scores"]
+__all__ = ["SCHEMA", "finite", "name_folder", "results_file", "write_beside_results", "write_scores"]
 
 SCHEMA = pa.schema(
     [
@@ -46,14 +48,27 @@ def name_folder(tracker: Any, results: Mapping[str, Any]) -> None:
     """Name the output folder after the model where lm-eval would make a poor name of `pretrained=`.
 
     Without that option it draws random letters; of a local path it makes a folder that is hidden where the path is
-    relative (`..__weights`), and tells where the user's files lie.
+    relative (`..__weights`), and tells where the user's files lie. A model that is none of ours has no card: its folder
+    is named by the last component of the path.
     """
     config = tracker.general_config_tracker
     card = results["medvlm"]["model"].get("card")
     named = type(config)._get_model_name(results["config"]["model_args"])
-    if card is not None and (named is None or Path(named.removeprefix("local-dir:")).expanduser().exists()):
-        config.model_name = card["name"]
-        config.model_name_sanitized = sanitize_model_name(card["name"])
+    path = None if named is None else Path(named.removeprefix("local-dir:")).expanduser()
+    if path is not None and not path.exists():
+        return
+    name = card["name"] if card is not None else path and path.resolve().name
+    if name:
+        config.model_name, config.model_name_sanitized = name, sanitize_model_name(name)
+
+
+def finite(value: Any) -> Any:
+    """A copy in which null stands for NaN and infinity, which lm-eval would write as words that are no JSON."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def results_file(tracker: Any) -> Path:
@@ -80,5 +95,7 @@ def write_beside_results(tracker: Any, results: Mapping[str, Any], records: Sequ
         write_scores(kept / "scores.parquet", records)
         raise UserError(f"The results could not be written to {written}: is the folder writable? They are in {kept}.")
     path = written.parent / f"run_{tracker.date_id}" / "scores.parquet"
-    write_scores(path, records)
+    if records:
+        write_scores(path, records)
+    record_files(written, path)
     return path

@@ -55,16 +55,23 @@ def test_a_run_of_other_tasks_is_read_and_says_that_it_has_no_block(tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ([], "no mapping `results`"),
-        ({"results": 3}, "no mapping `results`"),
-        ({"results": {}, "medvlm": {"schema_version": 99}}, "schema_version 99, not 1"),
-        ({"results": {}, "medvlm": []}, "schema_version None"),
-        ({"results": {}, "medvlm": {**BLOCK, "tasks": []}}, "no mapping `tasks`"),
-        ({"results": {}, "medvlm": {**BLOCK, "model": None}}, "no mapping `model`"),
-        ({"results": {}, "medvlm": {**BLOCK, "tasks": {"t": {"metrics": {}}}}}, "task t has no mapping `dataset`"),
+        ([], "the file: expected a mapping, but got"),
+        ({"results": 3}, "results: expected a mapping, but got 3"),
+        ({"results": {}, "medvlm": {"schema_version": 99}}, "schema_version: expected 1 or 2, but got 99"),
+        ({"results": {}, "medvlm": []}, "medvlm: expected a mapping"),
+        ({"results": {}, "medvlm": {**BLOCK, "tasks": []}}, "medvlm.tasks: expected a mapping"),
+        ({"results": {}, "medvlm": {**BLOCK, "model": None}}, "medvlm.model: expected a mapping, but got None"),
+        ({"results": {}, "medvlm": {**BLOCK, "tasks": {"t": {"metrics": {}}}}}, "medvlm.tasks.t.dataset is missing"),
         *(
-            ({"results": {}, "medvlm": {**BLOCK, "tasks": {"t": {"dataset": {}, "metrics": metrics}}}}, "of estimates")
-            for metrics in (None, {"a": 0.5}, {"a": {**ESTIMATE, "value": "x"}}, {"a": {**ESTIMATE, "ci95": [1]}})
+            ({"results": {}, "medvlm": {**BLOCK, "tasks": {"t": {"dataset": {}, "metrics": metrics}}}}, message)
+            for metrics, message in (
+                (None, "metrics: expected a mapping"),
+                ({"a": 0.5}, "metrics.a: expected a mapping"),
+                ({"a": {**ESTIMATE, "value": "x"}}, "metrics.a.value: expected a valid number, but got 'x'"),
+                ({"a": {**ESTIMATE, "value": float("nan")}}, "metrics.a.value: expected a finite number, but got nan"),
+                ({"a": {**ESTIMATE, "ci95": [1]}}, "metrics.a.ci95: expected List should have at least 2 items"),
+                ({"a": {**ESTIMATE, "p_value": 1}}, "metrics.a.p_value: expected Extra inputs are not permitted"),
+            )
         ),
     ],
 )
