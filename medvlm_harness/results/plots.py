@@ -48,6 +48,8 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
     "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "svg.fonttype": "none",  # text in an SVG stays text: to be searched, copied and read aloud
     "svg.hashsalt": "medvlm-harness",  # ids inside an SVG are drawn at random otherwise
 }
 # What a format stamps into the file by itself: the date, the version of matplotlib.
@@ -179,13 +181,16 @@ def save_plot(figure: Figure, path: Path, *, data: Sequence[Mapping[str, object]
 
 
 def plot_data(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as CSV: the columns of all rows in the order they first occur; empty for what is None, NaN or missing."""
+    """Rows as CSV: the columns of all rows in the order they first occur; empty for what is None, NaN or missing.
+
+    A text that a spreadsheet would run as a formula has an apostrophe before it.
+    """
     if not rows:
         raise ValueError("Expected rows of data for a plot, but got none.")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow([_text(column) for column in columns])
     writer.writerows([_cell(key, row.get(key)) for key in columns] for row in rows)
     return out.getvalue()
 
@@ -195,4 +200,9 @@ def _cell(key: str, value: object) -> object:
         return ""
     if not isinstance(value, str | int | float):
         raise ValueError(f"Expected numbers and strings in the data of a plot, but {key} is {type(value).__name__}.")
-    return value
+    return _text(value) if isinstance(value, str) else value
+
+
+def _text(value: str) -> str:
+    """A text that a spreadsheet does not take for a formula."""
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

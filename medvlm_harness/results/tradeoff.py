@@ -17,8 +17,9 @@ from medvlm_harness.results.run_files import RunFiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["tradeoff", "tradeoff_plot", "tradeoff_table"]
+__all__ = ["tradeoff", "tradeoff_figure", "tradeoff_plot", "tradeoff_table"]
 
 CHEAPER_IF_MORE = frozenset({"throughput", "output_tokens_per_second"})
 AXES = {
@@ -126,10 +127,7 @@ def tradeoff_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tradeoff_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """The metric against each cost, one panel per cost, with the front as a line of steps; CSV beside it.
-
-    Colour is the second metric; grey where a run has none. Bars are 95% intervals over studies, one per run: they do
-    not say whether two runs differ, for which there are paired intervals.
+    """Write what `tradeoff_figure` draws; CSV beside it.
 
     Args:
         rows: what `tradeoff` gives.
@@ -137,6 +135,18 @@ def tradeoff_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
     Returns:
         The path of the CSV.
+    """
+    return save_plot(tradeoff_figure(rows), path, data=rows)
+
+
+def tradeoff_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The metric against each cost, one panel per cost, with the front as a line of steps.
+
+    Colour is the second metric; grey where a run has none. Bars are 95% intervals over studies, one per run: they do
+    not say whether two runs differ, for which there are paired intervals.
+
+    Args:
+        rows: what `tradeoff` gives.
     """
     from matplotlib.colors import Normalize
 
@@ -160,12 +170,13 @@ def tradeoff_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         for panel, cost in zip(panels, costs, strict=True):
             shown = _shown(rows, cost)
             label_points(panel, [(row[cost], row["value"], row["run"]) for row in shown], _bars(shown))
-    return save_plot(figure, path, data=rows)
+    return figure
 
 
 def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], cost: str, norm: Any) -> None:
     """Points with their intervals, and the front."""
     from matplotlib import colormaps
+    from matplotlib.ticker import LogFormatter
 
     panel.set_xlabel(AXES.get(cost, f"{cost} ({COST_METRICS[cost]})"))
     shown = _shown(rows, cost)
@@ -178,6 +189,9 @@ def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], cost: str, norm: Any) 
     x = [row[cost] for row in shown]
     if max(x) > LOG_FROM * min(x) > 0:
         panel.set_xscale("log")
+        # In digits, since the house style reads no mathematics; between decades too, of which there may be one.
+        panel.xaxis.set_major_formatter(LogFormatter())
+        panel.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     else:
         panel.margins(x=0.15)
     front = sorted((row[cost], row["value"]) for row in shown if row[f"on_front_{cost}"])

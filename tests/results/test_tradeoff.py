@@ -116,8 +116,8 @@ def test_the_plot_has_a_panel_per_cost_and_its_numbers_beside_it(tmp_path: Path)
     assert [float(one["latency_p50"]) for one in read] == [12, 6, 9, 30]
     drawn = (tmp_path / "tradeoff.svg").read_text(encoding="utf-8")
     for text in ("Latency, median per study (ms)", "Peak memory, RAM (MiB)", "Weights in memory (MiB)"):
-        assert f"<!-- {text} -->" in drawn
-    assert all(drawn.count(f"<!-- {name} -->") == 3 for name in RUNS)  # once in each panel
+        assert f">{text}</text>" in drawn
+    assert all(drawn.count(f">{name}</text>") == 3 for name in RUNS)  # once in each panel
     tradeoff_plot(rows, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text(encoding="utf-8") == drawn
 
