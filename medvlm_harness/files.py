@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "write_json", "write_whole"]
+__all__ = ["plain_name", "replacing", "write_json", "write_whole"]
+
+
+def plain_name(name: str) -> str:
+    """A part of a path: letters, digits, dots, dashes and underscores, with none of the last three at either end.
+
+    >>> plain_name("../org/my model")
+    'org-my-model'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-")[:80] or "unnamed"
 
 
 @contextmanager

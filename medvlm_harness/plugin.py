@@ -9,7 +9,10 @@ a finder that, when one of lm-eval's modules below is imported, runs that module
     lm_eval.evaluator                   refuse what a model cannot do; add our details to the results
     lm_eval.evaluator_utils             let an aggregation bring its own standard error
     lm_eval.utils                       print intervals, floors and ceilings below lm-eval's table
-    lm_eval.loggers.evaluation_tracker  write scores.parquet beside the results
+    lm_eval.loggers.evaluation_tracker  write no secrets and no paths; write scores.parquet beside the results
+    lm_eval.loggers.wandb_logger, trackio_logger   know that samples would be sent
+    lm_eval._cli.run                    print no secrets
+    lm_eval.config.evaluate_config      likewise, of a --config file
     lm_eval._cli.harness                print a UserError as one line, exit status 2
 
 A failing patch prints one line and lm-eval goes on. MEDVLM_NO_AUTOLOAD=1 turns all of it off.
@@ -33,12 +36,17 @@ __all__ = ["autoload", "install", "is_active", "load_target", "model_targets", "
 class _Scope:
     """Which tasks are indexed: lm-eval's own (not under `medvlm run`), and further folders of the user.
 
-    Also who is told of a finished run: called with lm-eval's results and its tracker.
+    Also the users' folders that were last indexed, and who is told of a finished run: called with lm-eval's results
+    and its tracker. And what would send results or samples elsewhere, by the options that ask for it: the newest
+    tracker to the Hub, and loggers.
     """
 
     builtin_tasks = True
     include_paths: "tuple[Path, ...]" = ()
+    indexed: "tuple[Path, ...]" = ()
     finished: "Callable[[Any, Any], None] | None" = None
+    hub_pushes: "tuple[str, ...]" = ()
+    sample_loggers: "tuple[str, ...]" = ()
 
 
 scope = _Scope()
@@ -179,6 +187,7 @@ def _add_tasks(module: "Any") -> None:
         users = [path for real, path in given.items() if real not in (builtin.resolve(), ours.resolve())]
         for folder in users:
             declared_names(folder)  # raises what is wrong with its files
+        scope.indexed = tuple(users)
         defaults = builtin.resolve() in given
         first = [builtin] if defaults and scope.builtin_tasks else []
         first += [ours] if defaults or ours.resolve() in given else []
@@ -235,22 +244,83 @@ def _write_scores(module: "Any") -> None:
     from functools import wraps
 
     tracker = module.EvaluationTracker
-    save = tracker.save_results_aggregated
+    save, save_samples = tracker.save_results_aggregated, tracker.save_results_samples
+
+    init = tracker.__init__
+
+    @wraps(init)
+    def noting_pushes(self: "Any", *args: "Any", **options: "Any") -> None:
+        init(self, *args, **options)
+        asked = [name for name in ("push_results_to_hub", "push_samples_to_hub") if getattr(self, name)]
+        scope.hub_pushes = tuple(f"--hf_hub_log_args {name}" for name in asked)
 
     @wraps(save)
     def with_scores(self: "Any", results: "Any", samples: "Any" = None) -> None:
-        ours = self.output_path and getattr(results, "scores", None)
-        if ours:
-            from medvlm_harness.results.scores import name_folder, write_beside_results
+        self.is_medvlm = "medvlm" in results
+        if self.output_path and self.is_medvlm:
+            from medvlm_harness.results.redaction import redact
+            from medvlm_harness.results.scores import finite, name_folder, write_beside_results
 
             name_folder(self, results)
-        save(self, results=results, samples=samples)
-        if ours:
-            write_beside_results(self, results, ours)
+            written = finite(redact(results))
+            save(self, results=written, samples=samples)
+            write_beside_results(self, written, getattr(results, "scores", ()))
+        else:
+            save(self, results=results, samples=samples)
         if scope.finished is not None:
             scope.finished(results, self)
 
-    tracker.save_results_aggregated = with_scores
+    @wraps(save_samples)
+    def without_secrets(self: "Any", task_name: str, samples: "Any") -> None:
+        if not (self.output_path and getattr(self, "is_medvlm", False)):
+            save_samples(self, task_name=task_name, samples=samples)
+            return
+        from medvlm_harness.results.manifest import record_files
+        from medvlm_harness.results.redaction import redact_text
+        from medvlm_harness.results.scores import results_file
+
+        save_samples(self, task_name=task_name, samples=[redact_text(sample) for sample in samples])
+        written = results_file(self)
+        record_files(written, written.with_name(f"samples_{task_name}_{self.date_id}.jsonl"))
+
+    tracker.__init__ = noting_pushes
+    tracker.save_results_aggregated, tracker.save_results_samples = with_scores, without_secrets
+
+
+def _note_sample_loggers(module: "Any") -> None:
+    """W&B and Trackio get the samples of a run with --log_samples."""
+    from functools import wraps
+
+    for name, option in (("WandbLogger", "--wandb_args"), ("TrackioLogger", "--trackio_args")):
+        if (logger := getattr(module, name, None)) is None or logger.__module__ != module.__name__:
+            continue
+        init = logger.__init__
+
+        @wraps(init)
+        def noting(self: "Any", *args: "Any", init: "Any" = init, option: str = option, **options: "Any") -> None:
+            scope.sample_loggers = (*scope.sample_loggers, f"{option} with --log_samples")
+            init(self, *args, **options)
+
+        logger.__init__ = noting
+
+
+def _print_no_secrets(module: "Any") -> None:
+    """What lm-eval prints and logs of --model_args goes to the log files of clusters."""
+    import builtins
+    import logging
+
+    from medvlm_harness.results.redaction import without_secrets
+
+    def redacted(*values: "Any", **options: "Any") -> None:
+        builtins.print(*(without_secrets(str(value)) for value in values), **options)  # noqa: T201  # lm-eval does
+
+    def redact_record(record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), ()
+        return True
+
+    module.print = redacted
+    for name in ("lm_eval.evaluator", module.__name__):
+        logging.getLogger(name).addFilter(redact_record)
 
 
 def _one_line_errors(module: "Any") -> None:
@@ -300,5 +370,9 @@ _PATCHES = {
     "lm_eval.evaluator_utils": _own_stderr,
     "lm_eval.utils": _extend_table,
     "lm_eval.loggers.evaluation_tracker": _write_scores,
+    "lm_eval.loggers.wandb_logger": _note_sample_loggers,
+    "lm_eval.loggers.trackio_logger": _note_sample_loggers,
+    "lm_eval._cli.run": _print_no_secrets,
+    "lm_eval.config.evaluate_config": _print_no_secrets,
     "lm_eval._cli.harness": _one_line_errors,
 }

@@ -73,6 +73,42 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="session")
+def demo_runs(demo: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Results files of two limited runs on the demo, samples beside them: a small dual encoder's, a constant text's.
+
+    Together they hold what most kinds of track say; probes and costs take too long.
+    """
+    from medvlm_harness import plugin
+
+    plugin.install()
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    runs = {}
+    kinds = {
+        "tiny": ("medvlm-tiny", {}, "zeroshot view retrieval robustness_zeroshot text_zeroshot"),
+        "constant": ("medvlm-baseline", {"kind": "constant"}, "summarization entities image_use_reports"),
+    }
+    for name, (model, model_args, tasks) in kinds.items():
+        output = tmp_path_factory.mktemp("demo_runs")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(plugin.scope, "builtin_tasks", False)
+            manager = TaskManager(metadata={"data_dir": str(demo.folder)})
+            tracker = EvaluationTracker(output_path=str(output))
+            names = [f"demo_cxr_{task}" for task in tasks.split()]
+            results = lm_eval.simple_evaluate(
+                model, model_args, names, limit=4, task_manager=manager, evaluation_tracker=tracker
+            )
+            samples = results.pop("samples")
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for task in results["configs"]:
+                tracker.save_results_samples(task_name=task, samples=samples[task])
+        (runs[name],) = output.glob("*/results_*.json")
+    return runs
+
+
+@pytest.fixture(scope="session")
 def write_image() -> Callable[..., Path]:
     """Write a small random image; the suffix picks the format."""
 

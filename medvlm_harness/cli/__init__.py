@@ -17,6 +17,10 @@ from medvlm_harness.cli import (
     listing,
     models,
     perturb,
+    push,
+    report,
+    reproduce,
+    results,
     run,
     store,
     sweep,
@@ -34,6 +38,8 @@ app = typer.Typer(
 )
 # The help lists the commands in this order; without a name they are commands of `medvlm` itself.
 app.add_typer(run.app)
+app.add_typer(reproduce.app)
+app.add_typer(results.app, name="results")
 app.add_typer(listing.app)
 app.add_typer(models.app)
 app.add_typer(convert.app)
@@ -42,7 +48,9 @@ app.add_typer(label.app)
 app.add_typer(perturb.app)
 app.add_typer(finetune.app)
 app.add_typer(compare.app)
+app.add_typer(report.app)
 app.add_typer(sweep.app, name="sweep")
+app.add_typer(push.app)
 app.add_typer(tokenizers.app, name="tokenizers")
 app.add_typer(store.app, name="store")
 

@@ -1,14 +1,15 @@
-"""Models that answer from a server: which of lm-eval's they are, and what data may be sent there."""
+"""What of a run would leave this machine: to a server that answers for a model, or by lm-eval's own push to the Hub."""
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from medvlm_harness.errors import UserError
 
-__all__ = ["refuse_remote", "remote_host"]
+__all__ = ["refuse_hub_push", "refuse_remote", "remote_host"]
 
 # Modules of lm-eval 0.4.13 whose classes send requests to a server, and what it is if no address is on the model.
 # The OpenAI, Azure, LiteLLM, SGLang and Anthropic chat classes descend from the first.
@@ -60,6 +61,27 @@ def refuse_remote(task: Any, lm: Any) -> str | None:
             """the right to send it, --metadata '{"allow_remote": true}' (the result will say so)."""
         )
     return host
+
+
+def refuse_hub_push(tasks: Iterable[Any], pushes: Sequence[str]) -> None:
+    """Refuse lm-eval's own ways of sending a run away whose data may not be shared in full.
+
+    They send documents, prompts and answers, to the Hub the whole output folder; of results alone the small counts.
+
+    Args:
+        tasks: of the run.
+        pushes: the options that ask for it.
+
+    Raises:
+        UserError: naming the first such task.
+    """
+    for task in tasks:
+        if pushes and task.sharing != "full":
+            raise UserError(
+                f"{task.task_name}: {', '.join(pushes)} would send reports, answers or small counts elsewhere, and "
+                f"{task.declared['dataset']} may not be shared so (sharing: {task.sharing}). "
+                "Leave it out, and publish with `medvlm push RUN --repo ORG/NAME`, which sends what may go."
+            )
 
 
 def _is_this_machine(host: str | None) -> bool:

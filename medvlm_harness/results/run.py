@@ -9,16 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from medvlm_harness import plugin
 from medvlm_harness.errors import UserError, near_matches
+from medvlm_harness.plugin import scope
 from medvlm_harness.requests import capabilities_of
 from medvlm_harness.results.efficiency import Stopwatch, efficiency_block
 from medvlm_harness.results.environment import EarlyReport
-from medvlm_harness.results.remote import refuse_remote
+from medvlm_harness.results.remote import refuse_hub_push, refuse_remote
 from medvlm_harness.tracks.contamination import refuse_contaminated, trained_splits
 
 __all__ = ["SCHEMA_VERSION", "MedvlmResults", "evaluate_with_details", "installed_versions", "unsupported_reason"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VERSIONS = ("medvlm-harness", "lm_eval", "torch", "transformers", "open_clip_torch", "numpy")
 # Of a model's description; each process counts its own.
 ADDED_UP = (
@@ -45,8 +47,8 @@ def evaluate_with_details(
     for it, then the report on the machine.
 
     Raises:
-        UserError: if nothing asked for is supported, a split is contaminated, data would go to a server that it may
-            not, --metadata has an unknown key, or processes differ in what they have.
+        UserError: if nothing asked for is supported, a split is contaminated, data would go where it may not,
+            --metadata has an unknown key, or processes differ in what they have.
     """
     if "tasks" not in task_dict:  # the nested form of lm-eval's older API
         from lm_eval.evaluator_utils import _handle_back_comp
@@ -63,6 +65,8 @@ def evaluate_with_details(
     if tasks and len(refused) == len(tasks):
         raise UserError("The model can do none of the tasks: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
     running = {name: task for name, task in ours.items() if name not in refused}
+    loggers = plugin.scope.sample_loggers if kwargs.get("log_samples") else ()
+    refuse_hub_push(running.values(), (*plugin.scope.hub_pushes, *loggers))
     _refuse_unknown_metadata(ours.values(), lm)
     for task in running.values():
         task.prepare_for(lm)
@@ -96,6 +100,7 @@ def evaluate_with_details(
     full["medvlm"] = {
         "schema_version": SCHEMA_VERSION,
         "versions": installed_versions(),
+        "asked": _asked(tasks, kwargs),
         "model": model,
         "efficiency": efficiency_block(costs),
         "tasks": {name: _details(task, contamination[name], remote[name]) for name, task in running.items()},
@@ -103,6 +108,19 @@ def evaluate_with_details(
     }
     full.scores = [record for task in running.values() for record in task.score_records(task.rows)]
     return full
+
+
+def _asked(tasks: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the command line lm-eval does not write down; the plug-in redacts it."""
+    metadata = {key: value for task in tasks.values() for key, value in getattr(task, "runtime", {}).items()}
+    samples = options.get("samples")
+    return {
+        "tasks": list(tasks),
+        "metadata": dict(sorted(metadata.items())),
+        "samples": None if samples is None else {name: list(numbers) for name, numbers in samples.items()},
+        "apply_chat_template": options.get("apply_chat_template", False),
+        "include_path": [str(path) for path in scope.indexed],
+    }
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import yaml
 
 from medvlm_harness.errors import UserError, near_matches
 
-__all__ = ["TRACKS", "Summary", "check_file", "declared_names", "declared_tags", "summarise", "yaml_files"]
+__all__ = ["TRACKS", "Summary", "check_file", "declared_names", "declared_tags", "shared_as", "summarise", "yaml_files"]
 
 # Class named in YAML -> the keys its track reads, as "module:attribute"; each track keeps its keys beside its code.
 TRACKS = {
@@ -106,6 +106,23 @@ def declared_tags(folder: Path) -> dict[str, list[str]]:
         for tag in [named] if isinstance(named, str) else named:
             tags.setdefault(str(tag), []).append(name)
     return tags
+
+
+def shared_as(folder: Path) -> dict[str, str]:
+    """Data set -> the `sharing:` of the tasks below a folder; the least of them where they differ.
+
+    Raises:
+        UserError: as `declared_names`.
+    """
+    from medvlm_harness.tracks.task_data import SHARING
+
+    found: dict[str, str] = {}
+    for path in declared_names(folder).values():
+        config = _load(path)
+        if "dataset" in config:
+            name, sharing = str(config["dataset"]), str(config.get("sharing", SHARING[0]))
+            found[name] = min(found.get(name, sharing), sharing, key=SHARING.index)
+    return found
 
 
 class Summary(NamedTuple):

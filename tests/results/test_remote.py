@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from lm_eval.api.model import LM, CachingLM
 from lm_eval.models import MODEL_MAPPING
 from lm_eval.models.dummy import DummyLM
 
+from medvlm_harness import plugin
 from medvlm_harness.data.records import Study
 from medvlm_harness.errors import UserError
 from medvlm_harness.model_backends.baseline import BaselineBackend
-from medvlm_harness.results.remote import refuse_remote, remote_host
+from medvlm_harness.results.remote import refuse_hub_push, refuse_remote, remote_host
 from medvlm_harness.tracks.summarization import Summarization
 
 # Every model of lm-eval 0.4.13 that answers from a server, and its address where the class has one of its own.
@@ -239,3 +241,41 @@ def test_nothing_is_sent_to_another_unless_it_is_allowed(
     assert len(Server.asked) == 4
     closed = results["medvlm"]["tasks"]["closed"]
     assert (closed["remote"], closed["dataset"]["sharing"]) == ("127.0.0.1", "aggregate")
+
+
+# --- lm-eval's own push to the Hub
+
+
+@pytest.mark.parametrize("sharing", [None, "aggregate", "hashed"])
+@pytest.mark.parametrize("push", ["push_results_to_hub", "push_samples_to_hub"])
+def test_the_own_push_of_lm_eval_is_refused_for_data_that_may_not_be_shared(sharing: str | None, push: str) -> None:
+    with pytest.raises(UserError, match=rf"{push}.*sharing: {sharing or 'aggregate'}.*medvlm push"):
+        refuse_hub_push([task("full"), task(sharing)], (push,))
+    refuse_hub_push([task("full")], (push,))  # negative controls
+    refuse_hub_push([task(sharing)], ())
+
+
+def test_it_is_refused_before_anything_is_asked(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lm_eval.loggers import EvaluationTracker
+
+    monkeypatch.setattr(plugin.scope, "hub_pushes", ())
+    asked = {"hub_results_org": "acme", "token": "none", "push_samples_to_hub": True}
+    EvaluationTracker(output_path=str(tmp_path), **asked)
+    with pytest.raises(UserError, match=r"syn_zeroshot: --hf_hub_log_args push_samples_to_hub would send"):
+        run(["syn_zeroshot"])
+    EvaluationTracker(output_path=str(tmp_path))
+    assert run(["syn_zeroshot"])["results"]
+
+
+def test_so_are_loggers_that_would_get_the_samples(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.loggers import WandbLogger
+
+    monkeypatch.setattr(plugin.scope, "sample_loggers", ())
+    monkeypatch.setattr(plugin.scope, "hub_pushes", ())
+    with contextlib.suppress(ImportError, UnboundLocalError):  # wandb itself need not be there
+        WandbLogger({})
+    with pytest.raises(UserError, match=r"syn_zeroshot: --wandb_args with --log_samples would send"):
+        run(["syn_zeroshot"])
+    assert run(["syn_zeroshot"], log_samples=False)["results"]

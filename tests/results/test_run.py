@@ -127,7 +127,7 @@ def test_reasons_are_words() -> None:
 
 def test_the_block_is_strict_json_with_every_documented_key(results: Any) -> None:
     block = json.loads(json.dumps(results["medvlm"], allow_nan=False))
-    assert set(block) == {"schema_version", "versions", "model", "efficiency", "tasks", "unsupported"}
+    assert set(block) == {"schema_version", "versions", "asked", "model", "efficiency", "tasks", "unsupported"}
     assert {"card", "weights_sha256", "probability_scale"} <= set(block["model"])
     for name, task in block["tasks"].items():
         assert {
