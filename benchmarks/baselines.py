@@ -42,10 +42,13 @@ COSTS = {"latency_p50": "Latency ms", "weights_memory_mib": "Weights MiB"}
 
 HEAD = """# Baselines
 
-Every named model on R2Gen's test split of IU-CXR, by `{command}`, which writes this page. A model whose
-weights were not on the machine was not run, and no number of anybody else's stands in for it. Brackets hold 95%
-intervals over studies; n/a: the model cannot do the track. The last rows are floors, which look at no image or copy
-what they are given: read every number beside them.
+Every named model on R2Gen's test split of IU-CXR, written by
+
+    {command}
+
+A model whose weights were not on the machine was not run, and no number of anybody else's stands in for it. Brackets
+hold 95% intervals over studies; n/a: the model cannot do the track. The last rows are floors, which look at no image or
+copy what they are given: read every number beside them.
 
 {table}
 
