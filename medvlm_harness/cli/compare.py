@@ -41,6 +41,7 @@ def compare(
 ) -> None:
     """Compare two runs on the same studies: paired intervals, tests, a verdict, and where they disagree."""
     from medvlm_harness.files import write_json, write_whole
+    from medvlm_harness.results.manifest import changes
     from medvlm_harness.results.plots import plot_data
     from medvlm_harness.results.run_files import find_run
     from medvlm_harness.results.significance import ACROSS, assess
@@ -55,9 +56,10 @@ def compare(
     first, second = find_run(reference), find_run(run)
     if first.path.resolve() == second.path.resolve():
         raise UserError(f"Expected two runs, but both are {first.path}.")
-    block = assess(
-        first, second, metrics=metric or (), margin=margin, across=across or (), resamples=resamples
-    )  # fmt: skip
+    for one in (first, second):
+        for change in changes(one.path, one.results) or ():
+            typer.echo(f"note: {change}", err=True)
+    block = assess(first, second, metrics=metric or (), margin=margin, across=across or (), resamples=resamples)
     table = significance_table(block)
     typer.echo(table)
     if output is not None:

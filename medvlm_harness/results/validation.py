@@ -13,7 +13,7 @@ from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.results.manifest import changes
 from medvlm_harness.results.run_files import RunFiles, read_run
 
-__all__ = ["Verdict", "validate"]
+__all__ = ["Verdict", "not_finite", "validate"]
 
 ROUNDING = 1e-9  # of an interval's ends against the value
 # Counted over all studies at once, where scores.parquet has the value of each: a mean of those is another number.
@@ -57,7 +57,9 @@ def validate(path: Path) -> Verdict:
     verdict.problems.extend(shape_errors(content, complete=True))
     if not verdict.problems:
         block = content.get("medvlm")
-        verdict.problems.extend(_not_finite(content if block and block["schema_version"] > 1 else block or {}))
+        strict = content if block and block["schema_version"] > 1 else block or {}
+        for place, number in not_finite(strict):
+            verdict.problems.append(f"{place} is {number}, which is no JSON: undefined numbers are null")
         if block is None:
             verdict.notes.append("no block `medvlm`: a run of lm-eval alone, of which only the shape is checked")
         else:
@@ -79,16 +81,16 @@ def _compare_with_manifest(path: Path, content: Any, verdict: Verdict) -> None:
         verdict.problems.extend(changed)
 
 
-def _not_finite(value: Any, place: str = "") -> Iterator[str]:
-    """NaN and infinity, which are no JSON, by their places."""
+def not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every NaN and infinity in what JSON gave, with its place."""
     if isinstance(value, float) and not math.isfinite(value):
-        yield f"{place} is {value}, which is no JSON: undefined numbers are null"
+        yield place, value
     elif isinstance(value, Mapping):
         for key, one in value.items():
-            yield from _not_finite(one, f"{place}.{key}" if place else str(key))
+            yield from not_finite(one, f"{place}.{key}" if place else str(key))
     elif isinstance(value, list):
         for number, one in enumerate(value):
-            yield from _not_finite(one, f"{place}.{number}")
+            yield from not_finite(one, f"{place}.{number}")
 
 
 def _disagreeing(content: Mapping[str, Any]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from medvlm_harness.errors import UserError
 from medvlm_harness.results.primary import primary_metric
 from medvlm_harness.results.run_cost import EFFICIENCY
 from medvlm_harness.results.run_files import RunFiles
-from medvlm_harness.results.validation import validate
+from medvlm_harness.results.validation import not_finite, validate
 
 __all__ = ["headlines", "objections", "refuse_broken"]
 
@@ -21,7 +20,7 @@ def refuse_broken(run: RunFiles) -> None:
     Raises:
         UserError: if a number is NaN or infinite where JSON has null, or nothing was measured.
     """
-    for place in _not_finite(run.medvlm, "medvlm"):  # older versions left NaN in lm-eval's own table
+    for place, _ in not_finite(run.medvlm, "medvlm"):  # older versions left NaN in lm-eval's own table
         raise UserError(
             f"{run.path.name}: {place} is not a finite number. A run writes null with a reason where a value is "
             "undefined, so this file was changed or is damaged: run the evaluation again."
@@ -62,14 +61,3 @@ def _without_headline(run: RunFiles) -> Iterator[str]:
     for task, (metric, estimate) in headlines(run).items():
         if estimate["value"] is None and "robustness" not in run.tasks[task]:
             yield f"{task} has no {metric}: {estimate.get('reason') or 'no reason given'}"
-
-
-def _not_finite(value: Any, place: str) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from _not_finite(one, f"{place}.{key}")
-    elif isinstance(value, list):
-        for one in value:
-            yield from _not_finite(one, place)
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield place

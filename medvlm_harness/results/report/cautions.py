@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from medvlm_harness.results.manifest import changes
 from medvlm_harness.results.report.parts import Cell, Column, Section, Table
 from medvlm_harness.results.report.runs import ReportRuns
 from medvlm_harness.results.run_cost import EFFICIENCY
@@ -47,9 +48,15 @@ def cautions(run: RunFiles) -> list[Caution]:
         for caution in _of_task(task, details):
             found.setdefault(caution, []).append(task)
     every = sum(not task.endswith(EFFICIENCY) for task in run.tasks)
-    said = list(_of_model(run))
+    said = [*_of_files(run), *_of_model(run)]
     said += [replace(one, tasks=() if len(tasks) == every > 1 else tuple(tasks)) for one, tasks in found.items()]
     return sorted(said, key=lambda caution: not caution.severe)
+
+
+def _of_files(run: RunFiles) -> Iterator[Caution]:
+    """Whether the run's files are as it wrote them."""
+    for change in changes(run.path, run.results) or ():
+        yield Caution("Changed", change, severe=True)
 
 
 def _of_task(task: str, details: Mapping[str, Any]) -> Iterator[Caution]:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from medvlm_harness.results.report.cautions import all_cautions, cautions, cautions_between
 from medvlm_harness.results.report.runs import ReportRuns
-from medvlm_harness.results.run_files import RunFiles
+from medvlm_harness.results.run_files import RunFiles, read_run
 
 from .conftest import as_model
 
@@ -72,3 +75,13 @@ def test_what_runs_share_stands_once(guessing: RunFiles, edited: Callable[..., R
     (limited,) = (item for item in all_cautions(runs) if item[0].kind == "Limited run")
     assert limited[1] == ["a", "b"]
     assert limited[0].tasks == (TASK,)
+
+
+def test_a_file_that_was_changed_after_the_run_is_named_first(guessing: RunFiles, tmp_path: Path) -> None:
+    path = shutil.copytree(guessing.path.parent, tmp_path / "copy") / guessing.path.name
+    assert "Changed" not in {caution.kind for caution in cautions(read_run(path))}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["medvlm"]["tasks"][TASK]["metrics"]["auroc"]["value"] = 0.99
+    path.write_text(json.dumps(results), encoding="utf-8")
+    first = cautions(read_run(path))[0]
+    assert first.severe and f"{path.name} was changed after the run: medvlm.tasks.{TASK}.metrics" in str(first)
