@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from medvlm_harness.metrics.bootstrap import percentile_interval, resample, standard_error
 from medvlm_harness.metrics.delong import compare_aurocs
 from medvlm_harness.metrics.significance import LEVEL, detectable_difference, interval_p, mcnemar
-from medvlm_harness.results.paired_scores import pair_scores
+from medvlm_harness.results.comparing.paired_scores import pair_scores
 from medvlm_harness.results.score_table import ScoreTable
 from medvlm_harness.tracks.zero_shot_metrics import enough_support, macro_auroc
 

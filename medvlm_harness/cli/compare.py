@@ -41,11 +41,11 @@ def compare(
 ) -> None:
     """Compare two runs on the same studies: paired intervals, tests, a verdict, and where they disagree."""
     from medvlm_harness.files import write_json, write_whole
+    from medvlm_harness.results.comparing.significance import ACROSS, assess
+    from medvlm_harness.results.comparing.significance_table import significance_rows, significance_table
     from medvlm_harness.results.manifest import changes
     from medvlm_harness.results.plots import plot_data
     from medvlm_harness.results.run_files import find_run
-    from medvlm_harness.results.significance import ACROSS, assess
-    from medvlm_harness.results.significance_table import significance_rows, significance_table
 
     if margin is not None and not margin > 0:
         raise UserError(f"Expected --margin above 0, such as 0.02, but got {margin:g}.")

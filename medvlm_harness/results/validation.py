@@ -150,7 +150,7 @@ def _compare_with_scores(path: Path, verdict: Verdict) -> None:
 
 
 def _recomputed(run: RunFiles) -> Iterator[str]:
-    from medvlm_harness.results.comparison import compare_runs
+    from medvlm_harness.results.comparing.comparison import compare_runs
 
     compared = compare_runs({"run": run, "again": run}, reference="run", resamples=2)
     for task, found in compared["tasks"].items():

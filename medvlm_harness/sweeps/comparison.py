@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medvlm_harness.files import write_json, write_whole
-from medvlm_harness.results.comparison import compare_runs, comparison_table, flips_of
+from medvlm_harness.results.comparing.comparison import compare_runs, comparison_table, flips_of
 from medvlm_harness.results.markdown import Notes, markdown_table
 from medvlm_harness.results.run_cost import EFFICIENCY, cost_of
 from medvlm_harness.results.run_files import RunFiles, read_run

@@ -9,7 +9,7 @@ from typing import Any
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.results.comparison import SAME
+from medvlm_harness.results.comparing.comparison import SAME
 from medvlm_harness.results.run_cost import EFFICIENCY
 from medvlm_harness.results.run_files import RunFiles
 from medvlm_harness.results.score_table import ScoreTable, read_scores

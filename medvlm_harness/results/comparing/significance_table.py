@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medvlm_harness.metrics.significance import LEVEL
+from medvlm_harness.results.comparing.significance import tasks_by_reason
 from medvlm_harness.results.markdown import Notes, markdown_table
-from medvlm_harness.results.significance import tasks_by_reason
 
 __all__ = ["significance_rows", "significance_table"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlm_harness.metrics.consistency import UNKNOWN, decide
-from medvlm_harness.results.paired_measures import K
-from medvlm_harness.results.paired_scores import first_condition, own_thresholds
+from medvlm_harness.results.comparing.paired_measures import K
+from medvlm_harness.results.comparing.paired_scores import first_condition, own_thresholds
 from medvlm_harness.results.primary import score_of
 from medvlm_harness.results.score_table import ScoreTable
 

@@ -13,7 +13,7 @@ from medvlm_harness.metrics._arrays import ratio_or_nan, row_means
 from medvlm_harness.metrics.bootstrap import Weights
 from medvlm_harness.metrics.consistency import UNKNOWN, decide
 from medvlm_harness.metrics.robustness import CLEAN
-from medvlm_harness.results.paired_measures import Measured, Statistic, scored_labels, weighted_means
+from medvlm_harness.results.comparing.paired_measures import Measured, Statistic, scored_labels, weighted_means
 from medvlm_harness.results.score_table import ScoreTable
 from medvlm_harness.tracks.zero_shot_metrics import enough_support, macro_auroc
 

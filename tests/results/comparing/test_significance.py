@@ -10,9 +10,9 @@ from sklearn.metrics import roc_auc_score
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.significance import holm, mcnemar
+from medvlm_harness.results.comparing.significance import assess
+from medvlm_harness.results.comparing.significance_table import significance_rows, significance_table
 from medvlm_harness.results.run_files import RunFiles
-from medvlm_harness.results.significance import assess
-from medvlm_harness.results.significance_table import significance_rows, significance_table
 
 Make = Callable[..., RunFiles]
 RNG = np.random.default_rng(11)

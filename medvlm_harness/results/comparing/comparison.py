@@ -9,9 +9,9 @@ import numpy as np
 
 from medvlm_harness.errors import UserError, first_line
 from medvlm_harness.metrics.estimate import Estimate
+from medvlm_harness.results.comparing.paired_measures import K, scored_labels
+from medvlm_harness.results.comparing.paired_scores import Paired, pair_scores
 from medvlm_harness.results.markdown import Notes, markdown_table
-from medvlm_harness.results.paired_measures import K, scored_labels
-from medvlm_harness.results.paired_scores import Paired, pair_scores
 from medvlm_harness.results.run_cost import EFFICIENCY, cost_of, memory_metric
 from medvlm_harness.results.run_files import RunFiles
 from medvlm_harness.results.score_table import ScoreTable, read_scores

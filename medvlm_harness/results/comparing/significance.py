@@ -29,8 +29,8 @@ from medvlm_harness.metrics.significance import (
     non_inferiority,
 )
 from medvlm_harness.model_backends.image_preparation import find_preparation
-from medvlm_harness.results.comparison import comparable_tables, compare_runs
-from medvlm_harness.results.disagreements import disagreements
+from medvlm_harness.results.comparing.comparison import comparable_tables, compare_runs
+from medvlm_harness.results.comparing.disagreements import disagreements
 from medvlm_harness.results.primary import primary_metric
 from medvlm_harness.results.run_files import RunFiles
 from medvlm_harness.results.score_table import ScoreTable

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.bootstrap import Weights
 from medvlm_harness.metrics.paired import paired_names
-from medvlm_harness.results.paired_measures import Measured, Statistic, scored_labels, weighted_means
-from medvlm_harness.results.paired_robustness import auroc_under
+from medvlm_harness.results.comparing.paired_measures import Measured, Statistic, scored_labels, weighted_means
+from medvlm_harness.results.comparing.paired_robustness import auroc_under
 from medvlm_harness.results.primary import primary_metric
 from medvlm_harness.results.score_table import ScoreTable
 from medvlm_harness.tracks.zero_shot_metrics import enough_support

@@ -21,8 +21,8 @@ from medvlm_harness.metrics.bootstrap import Weights, resample, sampled_estimate
 from medvlm_harness.metrics.consistency import consistency_estimates, decide, score_change_estimates
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.metrics.robustness import CLEAN
-from medvlm_harness.results.paired_image_use import measure_image_use
-from medvlm_harness.results.paired_measures import (
+from medvlm_harness.results.comparing.paired_image_use import measure_image_use
+from medvlm_harness.results.comparing.paired_measures import (
     RECENTRED,
     K,
     Measured,
@@ -32,7 +32,7 @@ from medvlm_harness.results.paired_measures import (
     measure_values,
     scored_labels,
 )
-from medvlm_harness.results.paired_robustness import measure_robustness
+from medvlm_harness.results.comparing.paired_robustness import measure_robustness
 from medvlm_harness.results.primary import score_of
 from medvlm_harness.results.score_table import ScoreTable
 from medvlm_harness.tracks.image_use import TRUE

@@ -16,7 +16,7 @@ from medvlm_harness.metrics.bootstrap import study_weights
 from medvlm_harness.metrics.calibration import expected_calibration_error
 from medvlm_harness.metrics.retrieval import rank_queries, recall_at, reciprocal_rank
 from medvlm_harness.metrics.robustness import Conditions, Measure, robustness_estimates
-from medvlm_harness.results.comparison import compare_runs, comparison_table
+from medvlm_harness.results.comparing.comparison import compare_runs, comparison_table
 from medvlm_harness.results.run_files import RunFiles, read_run
 from medvlm_harness.results.scores import write_scores
 from medvlm_harness.tracks.zero_shot_metrics import macro_auroc
@@ -113,7 +113,7 @@ def test_a_run_does_not_differ_from_itself(make: Callable[..., RunFiles]) -> Non
 
 def test_the_interval_of_a_difference_covers_it_under_the_null() -> None:
     """Two noisy readings of one score, on fresh studies each time: neither is better."""
-    from medvlm_harness.results.paired_scores import pair_scores
+    from medvlm_harness.results.comparing.paired_scores import pair_scores
     from medvlm_harness.results.score_table import ScoreTable
 
     rng, covered, repeats, n = np.random.default_rng(11), 0, 200, 100
