@@ -10,8 +10,9 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint format clean
 
-demo: $(STAMP)  ## the tracks on the synthetic set, with the model that comes with the package
+demo: $(STAMP)  ## the tracks on the synthetic set, with the model that comes with the package; and a page of the results
 	$(BIN)/lm_eval run --model medvlm-tiny --tasks 'demo_cxr_*' --batch_size 64 --output_path out
+	$(BIN)/medvlm report out -o out/report.html
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
