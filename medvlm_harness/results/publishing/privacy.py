@@ -98,7 +98,7 @@ def without_small_cells(details: Mapping[str, Any]) -> dict[str, Any]:
 
     Speeds and memory are no counts of people: the efficiency track stays as it is.
     """
-    if details["dataset"].get("sharing") == "full" or "workload" in details:
+    if sharing_of({"": details}) == "full" or "workload" in details:
         return dict(details)
     small = _small_labels(details)
     metrics = details["metrics"]

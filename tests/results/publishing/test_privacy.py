@@ -64,6 +64,13 @@ def test_no_small_count_is_left_anywhere(details: dict[str, Any]) -> None:
     assert small(without_small_cells(details)) == []
 
 
+def test_a_file_that_claims_to_be_shared_in_full_loses_them_as_well(details: dict[str, Any]) -> None:
+    claimed = {**details, "dataset": {**details["dataset"], "name": "iu_cxr", "sharing": "full"}}
+    assert small(without_small_cells(claimed)) == []
+    own = {**details, "dataset": {**details["dataset"], "sharing": "full"}}
+    assert small(without_small_cells(own))
+
+
 def test_a_rare_label_has_no_number_at_all(details: dict[str, Any]) -> None:
     public = without_small_cells(details)
     estimate = public["metrics"]["auroc_pneumonia"]
