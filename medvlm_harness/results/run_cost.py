@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from medvlm_harness.results.run_files import RunFiles
+from medvlm_harness.results.run_files import RunFiles, at_place
 
 __all__ = ["COST_METRICS", "EFFICIENCY", "cost_of", "memory_metric"]
 
@@ -78,9 +78,7 @@ def _counted(run: RunFiles) -> dict[str, tuple[float, str]]:
     found: dict[str, tuple[float, str]] = {}
     for name, places in COUNTED.items():
         for place in places:
-            value: Any = run.medvlm
-            for key in place.split("."):
-                value = value.get(key) if isinstance(value, Mapping) else None
+            value = at_place(run.medvlm, place)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 found[name] = value / MIB if place.endswith("_bytes") else value, place
                 break

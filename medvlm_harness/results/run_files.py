@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medvlm_harness.errors import UserError, first_line
 
-__all__ = ["RunFiles", "find_run", "find_runs", "read_run", "results_files", "run_folder"]
+if TYPE_CHECKING:
+    from medvlm_harness.results.score_table import ScoreTable
+
+__all__ = ["RunFiles", "at_place", "find_run", "find_runs", "read_run", "results_files", "run_folder"]
 
 # lm-eval's date, at the end of every file of a run; without a fraction where the second was full.
 _DATED = re.compile(r"^(?P<stem>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json$")
@@ -32,6 +35,12 @@ class RunFiles:
     path: Path
     results: Mapping[str, Any]
     scores: Path | None
+    _tables: dict[str, ScoreTable] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def date(self) -> str:
+        """When it was written, as its files' names say it."""
+        return self.path.stem.rpartition("_")[2]
 
     @cached_property
     def medvlm(self) -> Mapping[str, Any]:
@@ -50,6 +59,31 @@ class RunFiles:
         """Task -> what our block says of it."""
         tasks: Mapping[str, Any] = self.medvlm["tasks"]
         return tasks
+
+    def score_table(self, task: str) -> ScoreTable:
+        """The answers to one task, read once.
+
+        Raises:
+            UserError: if there is no scores.parquet, or as `read_scores`.
+        """
+        from medvlm_harness.results.score_table import read_scores
+
+        if self.scores is None:
+            raise UserError(f"there is no scores.parquet beside {self.path.name}")
+        if task not in self._tables:
+            self._tables[task] = read_scores(self.scores, task)
+        return self._tables[task]
+
+
+def at_place(details: Any, place: str) -> Any:
+    """What stands at a place with dots in nested mappings; None where there is nothing.
+
+    >>> at_place({"dataset": {"name": "iu_cxr"}}, "dataset.name")
+    'iu_cxr'
+    """
+    for key in place.split("."):
+        details = details.get(key) if isinstance(details, Mapping) else None
+    return details
 
 
 def results_files(folder: Path) -> list[Path]:

@@ -59,6 +59,11 @@ class ScoreTable:
         arrays = {name: getattr(self, name)[:, columns] for name in (*NUMBERS, "answer")}
         return ScoreTable(self.documents, list(labels), **arrays)
 
+    def under(self, labels: Sequence[str], conditions: Sequence[str]) -> list[ScoreTable]:
+        """The tables of the same labels under each condition; those of all but the first are `label@condition`."""
+        further = [[f"{label}@{other}" for label in labels] for other in conditions[1:]]
+        return [self.select(names) for names in (labels, *further)]
+
 
 def read_scores(path: Path, task: str) -> ScoreTable:
     """The answers to one task.

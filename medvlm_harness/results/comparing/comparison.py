@@ -13,8 +13,8 @@ from medvlm_harness.results.comparing.paired_measures import K, scored_labels
 from medvlm_harness.results.comparing.paired_scores import Paired, pair_scores
 from medvlm_harness.results.markdown import Notes, markdown_table
 from medvlm_harness.results.run_cost import EFFICIENCY, cost_of, memory_metric
-from medvlm_harness.results.run_files import RunFiles
-from medvlm_harness.results.score_table import ScoreTable, read_scores
+from medvlm_harness.results.run_files import RunFiles, at_place
+from medvlm_harness.results.score_table import ScoreTable
 
 __all__ = ["SCHEMA_VERSION", "comparable_tables", "compare_runs", "comparison_table", "flips_of"]
 
@@ -143,7 +143,7 @@ def comparable_tables(
     refused: dict[str, str] = {}
     tables: dict[str, ScoreTable] = {}
     try:
-        tables[reference] = _scores(runs[reference], task)
+        tables[reference] = runs[reference].score_table(task)
     except UserError as error:
         return {}, dict.fromkeys(others, f"of the reference, {reference}: {first_line(error)}")
     for name in others:
@@ -182,12 +182,6 @@ def _level(found: Estimate, own: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**found.to_dict(), "reported": None if same else value}
 
 
-def _scores(run: RunFiles, task: str) -> ScoreTable:
-    if run.scores is None:
-        raise UserError(f"there is no scores.parquet beside {run.path.name}")
-    return read_scores(run.scores, task)
-
-
 def _comparable(
     task: str, reference: RunFiles, first: ScoreTable, run: RunFiles, across: Collection[str]
 ) -> ScoreTable:
@@ -200,7 +194,7 @@ def _comparable(
         raise UserError(str(run.medvlm.get("unsupported", {}).get(task, "it did not run this task")))
     if differing := list(_unlike(reference.tasks[task], run.tasks[task], across)):
         raise UserError("; ".join(differing))
-    table = _scores(run, task)
+    table = run.score_table(task)
     if table.documents != first.documents:
         raise UserError(f"other documents: {len(table.documents)}, and {len(first.documents)} in the reference")
     if set(table.labels) != set(first.labels):
@@ -218,9 +212,7 @@ def _unlike(reference: Mapping[str, Any], run: Mapping[str, Any], across: Collec
     for place, what in SAME.items():
         if place in across:
             continue
-        found: list[Any] = [reference, run]
-        for key in place.split("."):
-            found = [one.get(key) if isinstance(one, Mapping) else None for one in found]
+        found = [at_place(one, place) for one in (reference, run)]
         if found[0] != found[1]:
             both = [str(one) for one in found]
             shown = f": {both[1]}, and {both[0]} in the reference" if max(map(len, both)) <= 40 else ""

@@ -34,11 +34,7 @@ def measure_image_use(tables: Tables, clean: Tables, details: Mapping[str, Any])
         UserError: if the scores hold none of the task's metrics.
     """
     first, conditions = next(iter(clean.values())), details["conditions"]
-    under = {
-        run: [table.select([label if k == 0 else f"{label}@{one}" for label in first.labels])
-              for k, one in enumerate(conditions)]
-        for run, table in tables.items()
-    }  # fmt: skip
+    under = {run: table.under(first.labels, conditions) for run, table in tables.items()}
     levels: dict[str, dict[str, Statistic]] = {}  # metric -> run -> weights to values (b, conditions)
     extra: dict[str, Any] = {}
     if not np.isnan(first.margin).all():

@@ -45,10 +45,7 @@ def measure_robustness(
     first, its = next(iter(clean.values())), next(iter(details.values()))
     cases = [case for members in its["groups"].values() for case in members]
     conditions = [CLEAN, *cases]
-    under = {
-        run: [table.select([_under(label, one) for label in first.labels]) for one in conditions]
-        for run, table in tables.items()
-    }
+    under = {run: table.under(first.labels, conditions) for run, table in tables.items()}
     found: list[tuple[str, dict[str, Statistic]]] = []  # measure, and run -> weights to values (b, conditions)
     labels = scored_labels(clean) if not np.isnan(first.margin).all() else None
     extra: dict[str, Any] = {"cases": len(cases)}
@@ -90,11 +87,6 @@ def measure_robustness(
         ratios=frozenset(f"{measure}_retention" for measure, _ in found),
         extra=extra,
     )
-
-
-def _under(label: str, condition: str) -> str:
-    """What a score is called in scores.parquet."""
-    return label if condition == CLEAN else f"{label}@{condition}"
 
 
 def _floor(details: Mapping[str, Any], measure: str) -> float:

@@ -144,7 +144,7 @@ def _facts(run: RunFiles) -> list[tuple[str, object]]:
         "Hardware": _listed({key: hardware.get(key) for key in ("cpu", "cores", "gpu", "device")}),
         "Seconds": None if seconds is None else f"{seconds:.0f}",
         "Limited": "no" if limit is None else f"yes, --limit {limit:g}",
-        "Date": run.path.stem.rpartition("_")[2],
+        "Date": run.date,
     }
     return [(name, value if value not in (None, "") else NONE_SAID) for name, value in known.items()]
 

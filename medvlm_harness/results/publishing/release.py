@@ -98,8 +98,7 @@ def make_release(run: RunFiles, *, samples: bool = False, force: bool = False, m
     public = public_run(run)
     results = (json.dumps(public.results, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
     model = model_name(public)
-    date = public.path.stem.rpartition("_")[2]
-    folder = f"runs/{plain_name(model)}/{plain_name(date)[:19]}_{hashlib.sha256(results).hexdigest()[:12]}"
+    folder = f"runs/{plain_name(model)}/{plain_name(public.date)[:19]}_{hashlib.sha256(results).hexdigest()[:12]}"
     tables = run_tables(public, name=folder, model=model)
     sections = report_sections({model: public})
     files = {"results.json": results, **{f"{name}.parquet": parquet_bytes(table) for name, table in tables.items()}}
@@ -157,7 +156,7 @@ def _summary(run: RunFiles, folder: str, model: str, marks: Sequence[str], table
         "model": model,
         "precision": block["model"].get("precision"),
         "weights_sha256": block["model"].get("weights_sha256"),
-        "date": run.path.stem.rpartition("_")[2][:10],
+        "date": run.date[:10],
         "data": ", ".join(f"{name} ({licence or 'licence not stated'})" for name, licence in data.items()),
         "headlines": [
             {"task": task, "metric": metric, **{key: one.get(key) for key in ("value", "ci95", "n", "reason")}}

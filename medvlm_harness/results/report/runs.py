@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.estimate import Estimate
 from medvlm_harness.results.comparing.comparison import SAME
 from medvlm_harness.results.run_cost import EFFICIENCY
-from medvlm_harness.results.run_files import RunFiles
-from medvlm_harness.results.score_table import ScoreTable, read_scores
+from medvlm_harness.results.run_files import RunFiles, at_place
+from medvlm_harness.results.score_table import ScoreTable
 
 __all__ = ["Group", "ReportRuns", "model_name", "name_runs", "option_name"]
 
@@ -58,10 +58,9 @@ class Group:
 
 @dataclass(frozen=True)
 class ReportRuns:
-    """Finished runs by their names in the report; scores are read when they are asked for, and once."""
+    """Finished runs by their names in the report; scores are read when they are asked for."""
 
     files: Mapping[str, RunFiles]
-    _scores: dict[tuple[str, str], ScoreTable] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -105,7 +104,9 @@ class ReportRuns:
             having = {run: details for run, details in having.items() if wanted(details)}
             alike: dict[str, list[str]] = {}
             for run, details in having.items():
-                alike.setdefault(json.dumps([_at(details, place) for place in ALIKE], sort_keys=True), []).append(run)
+                alike.setdefault(json.dumps([at_place(details, place) for place in ALIKE], sort_keys=True), []).append(
+                    run
+                )
             for members in alike.values():
                 yield Group(task, members, _telling(having, members) if len(alike) > 1 else "")
 
@@ -134,12 +135,8 @@ class ReportRuns:
 
     def scores(self, run: str, task: str) -> ScoreTable | None:
         """The answers of a run to a task; None where no file of them lies beside its results."""
-        path = self.files[run].scores
-        if path is None:
-            return None
-        if (run, task) not in self._scores:
-            self._scores[run, task] = read_scores(path, task)
-        return self._scores[run, task]
+        files = self.files[run]
+        return None if files.scores is None else files.score_table(task)
 
 
 def name_runs(files: Iterable[RunFiles]) -> dict[str, RunFiles]:
@@ -185,18 +182,13 @@ def option_name(option: Any) -> str:
     return str(option or "")
 
 
-def _at(details: Any, place: str) -> Any:
-    """What stands at a place with dots."""
-    for key in place.split("."):
-        details = details.get(key) if isinstance(details, Mapping) else None
-    return details
-
-
 def _telling(having: Mapping[str, Details], members: Sequence[str]) -> str:
     """In what a group is not as all others are, in words."""
     first = having[members[0]]
-    unlike = [place for place in ALIKE if any(_at(one, place) != _at(first, place) for one in having.values())]
-    said = [(ALIKE[place], _at(first, place)) for place in unlike]
+    unlike = [
+        place for place in ALIKE if any(at_place(one, place) != at_place(first, place) for one in having.values())
+    ]
+    said = [(ALIKE[place], at_place(first, place)) for place in unlike]
     # A hash or a long list says nothing to a reader; which runs it is about does.
     short = [f"{what} {value}" for what, value in said if isinstance(value, str | int) and len(str(value)) <= 24]
     return ", ".join(short) or f"other {said[0][0]}: {', '.join(members)}"

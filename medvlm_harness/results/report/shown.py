@@ -115,16 +115,14 @@ def leading(table: Table, baselines: Collection[str] = ()) -> frozenset[tuple[in
         baselines: runs that are there to be beaten, and do not compete: what always answers the same is never
             inconsistent.
     """
+    across = table.compared == "across"
     columns = [column for column in table.columns if column.better is not None]
-    if table.compared == "across":
-        lines = [[(k, column) for column in columns] for k in range(len(table.rows))]
-    else:
-        lines = [[(k, column) for k in range(len(table.rows))] for column in columns]
-    if table.compared == "across":
-        lines = [[(k, column) for k, column in line if column.run not in baselines] for line in lines]
-    else:
-        lines = [[(k, column) for k, column in line if table.rows[k].get("run") not in baselines] for line in lines]
-    return frozenset(cell for line in lines for cell in _leading(table, line))
+    lines: dict[int | str, list[tuple[int, Column]]] = {}
+    for k, row in enumerate(table.rows):
+        for column in columns:
+            if (column.run if across else row.get("run")) not in baselines:
+                lines.setdefault(k if across else column.key, []).append((k, column))
+    return frozenset(cell for line in lines.values() for cell in _leading(table, line))
 
 
 def _leading(table: Table, line: Sequence[tuple[int, Column]]) -> set[tuple[int, str]]:

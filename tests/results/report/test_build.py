@@ -8,11 +8,11 @@ import pytest
 
 from medvlm_harness.errors import UserError
 from medvlm_harness.metrics.estimate import Estimate
-from medvlm_harness.results.report import runs as report_runs
+from medvlm_harness.results import score_table
 from medvlm_harness.results.report.build import build_report, report_sections
 from medvlm_harness.results.report.parts import Plot, Report, Table
 from medvlm_harness.results.report.runs import name_runs
-from medvlm_harness.results.run_files import RunFiles
+from medvlm_harness.results.run_files import RunFiles, read_run
 
 MANY = ["leaderboard", "cautions", "findings", "rare", "curves", "calibration", "selective", "robustness"]
 
@@ -98,14 +98,14 @@ def test_like_runs_share_a_column(guessing: RunFiles, edited: Callable[..., RunF
 
 def test_scores_of_a_task_are_read_once(guessing: RunFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[Path, str]] = []
-    whole = report_runs.read_scores
+    whole = score_table.read_scores
 
     def counted(path: Path, task: str) -> Any:
         read.append((path, task))
         return whole(path, task)
 
-    monkeypatch.setattr(report_runs, "read_scores", counted)
-    report_sections({"only": guessing})
+    monkeypatch.setattr(score_table, "read_scores", counted)
+    report_sections({"only": read_run(guessing.path)})
     assert read
     assert len(read) == len(set(read))
 
